@@ -1,0 +1,1 @@
+"""Identity sets in, exports out."""

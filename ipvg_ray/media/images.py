@@ -1,0 +1,98 @@
+"""Encoded pictures: decode them upright and safely, encode them the same everywhere.
+
+A picture in a table is `{"bytes": bytes | None, "path": str | None}` (`ipvg_ray.schema.IMAGE`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow.fs as pafs
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 100_000_000
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used. `kind` is one of `missing_image`, `broken_image`, `image_too_large`,
+    `image_changed`."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def read_uri(uri: str) -> bytes:
+    """All bytes of a local path or an `s3://`, `gs://` or `file://` URI.
+
+    Raises:
+        ImageError: `missing_image`, where nothing can be read there.
+    """
+    try:
+        filesystem, path = (
+            pafs.FileSystem.from_uri(uri) if "://" in uri else (pafs.LocalFileSystem(), uri)
+        )
+        with filesystem.open_input_stream(path) as stream:
+            return bytes(stream.read())
+    except (OSError, ValueError) as error:
+        raise ImageError("missing_image", f"cannot read {uri}: {error}") from error
+
+
+def image_bytes(picture: Mapping[str, Any], sha256: str | None = None) -> bytes:
+    """The encoded bytes of a table's picture, read from its path where it carries none.
+
+    Raises:
+        ImageError: `missing_image`; or `image_changed` where the bytes are not those of `sha256`.
+    """
+    data = picture.get("bytes")
+    if data is None:
+        if not picture.get("path"):
+            raise ImageError("missing_image", "the picture has neither bytes nor a path")
+        data = read_uri(str(picture["path"]))
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise ImageError("image_changed", f"{picture.get('path')} is not the file it was when the run started; start a new run or --fork")
+    return bytes(data)
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode to RGB, uint8, (height, width, 3): first frame of animations, upright by EXIF, alpha laid on white.
+
+    Raises:
+        ImageError: `image_too_large` above `max_pixels` (checked before decoding), else `broken_image`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError("image_too_large", f"{width}×{height} is above {max_pixels} pixels; shrink the picture")
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            return np.asarray(_to_rgb(upright))
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow raises many kinds, SyntaxError and struct.error among them
+        raise ImageError("broken_image", f"cannot decode the picture: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # 16-bit grey and friends: Pillow's own conversion clips instead of scaling
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if values.max() > 255 else 255.0
+        image = Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, rgba)
+    return image.convert("RGB")
+
+
+def encode(array: np.ndarray, kind: str = "png", quality: int = 95) -> dict[str, Any]:
+    """A table's picture from uint8 (height, width) grey or (height, width, 3) RGB; `kind` is png or jpeg."""
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {"quality": quality, "subsampling": 0} if kind == "jpeg" else {"compress_level": 3}
+    Image.fromarray(array).save(buffer, format=kind.upper(), **options)
+    return {"bytes": buffer.getvalue(), "path": None}

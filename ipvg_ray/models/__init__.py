@@ -1,0 +1,1 @@
+"""Networks, loaders and samplers: plain torch and ONNX, no Ray."""

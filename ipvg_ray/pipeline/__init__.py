@@ -1,0 +1,1 @@
+"""The engine: stage contract, plan, checkpoints, execution, failures, progress. It knows no model."""

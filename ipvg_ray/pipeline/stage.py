@@ -1,0 +1,167 @@
+"""The stage contract: one class says what a stage needs, adds and asks of a machine. Nothing here knows Ray.
+
+A stage is handed rows (plain dictionaries) and gives back, row by row and in order, the columns it adds, or a `RowError`.
+The engine does the rest: batching, checkpoints, failures, resume, seeds, placement.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from ipvg_ray import schema
+
+if TYPE_CHECKING:
+    from ipvg_ray.config import Config, StageSection
+
+Grain = Literal["identity", "sample"]
+Row = dict[str, Any]
+"""Column name to value. Pictures are `{"bytes": bytes | None, "path": str | None}`, vectors are lists of floats.
+
+Every row also has `identity_id`, the samples' rows `sample_id` and `prompt_id`, and all of them `seed`, a number
+in [0, 2^63) derived from (run seed, row, stage): whatever is random in a row must come from it alone.
+"""
+
+
+class RowError(Exception):
+    """This row cannot be finished; the others of its batch can.
+
+    Args:
+        kind: a short fixed word, such as `no_face`, by which failures are counted and filtered.
+        message: what happened and what mends it, in a sentence for the user.
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(kind, message)
+        self.kind = kind
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.message}"
+
+
+class StageDefinitionError(TypeError):
+    """A stage class that contradicts the contract or the schemas; raised when the class or the plan is made."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one worker of a stage asks of a machine.
+
+    Attributes:
+        cpus: CPU cores reserved; may be a fraction, 0 for workers that live off a GPU.
+        gpus: below 1 a share of one card, else a whole number: a group of cards of one node that work on one row.
+        memory_gb: host memory reserved, GiB; 0 reserves none.
+        accelerator_type: the card's name as Ray knows it (`H100`, `L4`), or None for any.
+        min_workers, max_workers: the pool's bounds.
+        batch_size: rows handed to one `process` call at most.
+        threads: what torch and ONNX may use in one worker.
+    """
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    memory_gb: float = 0.0
+    accelerator_type: str | None = None
+    min_workers: int = 1
+    max_workers: int = 1
+    batch_size: int = 1
+    threads: int = 1
+
+
+class MediaWriter(Protocol):
+    """Publishes a finished media file into the run."""
+
+    def publish(self, folder: str, identity_id: str, name: str, suffix: str, data: bytes) -> str:
+        """Write `data` whole or not at all; returns the path relative to the run, safe whatever the ids hold."""
+        ...
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What the engine gives a worker when it starts.
+
+    Attributes:
+        device: `cuda` where the worker was given a GPU, else `cpu`.
+        threads: how many threads the worker may use.
+        media: where finished media files go.
+        run_dir: the run's directory or URI prefix; media URIs in rows are relative to it.
+    """
+
+    device: str
+    threads: int
+    media: MediaWriter
+    run_dir: str
+
+
+class Stage(ABC):
+    """One step of the pipeline. Subclasses set the four class variables and write `setup` and `process`.
+
+    Class attributes:
+        name: also the name of its table, its schema and its section of the configuration.
+        grain: `identity` (once per face) or `sample` (once per face and prompt).
+        needs: columns read, from the identities or samples table or from earlier stages.
+        version: raise it when the same configuration gives other results; part of the fingerprint.
+
+    The columns a stage adds are those of `schemas/<name>.yaml`.
+    """
+
+    name: ClassVar[str]
+    grain: ClassVar[Grain]
+    needs: ClassVar[tuple[str, ...]]
+    version: ClassVar[int] = 1
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for attribute, kind in (("name", str), ("grain", str), ("needs", tuple)):
+            if not isinstance(getattr(cls, attribute, None), kind):
+                raise StageDefinitionError(f"{cls.__name__} must set `{attribute}` ({kind.__name__}) on the class")
+        if cls.grain not in ("identity", "sample"):
+            raise StageDefinitionError(f"{cls.__name__}.grain is {cls.grain!r}; it must be 'identity' or 'sample'")
+
+    def __init__(self, config: Config) -> None:
+        """Keep the configuration; load nothing. The plan makes stages on machines without their models."""
+        self.config = config
+
+    @classmethod
+    def adds(cls) -> tuple[str, ...]:
+        """Columns this stage adds, as its schema lists them."""
+        return tuple(schema.table(cls.name).columns)
+
+    @property
+    def settings(self) -> StageSection:
+        """This stage's section of the configuration."""
+        section: StageSection = getattr(self.config, self.name)
+        return section
+
+    def resources(self) -> Resources:
+        """What one worker asks of a machine, from the section's `pool`."""
+        return Resources(**self.settings.pool.model_dump())
+
+    def models(self) -> Mapping[str, Path]:
+        """Field of the section that names a model, to the file or folder it stands for.
+
+        The plan refuses to run while one is missing, and their contents are part of the fingerprint.
+        """
+        return {}
+
+    def fingerprint_settings(self) -> dict[str, Any]:
+        """What of the configuration changes this stage's results: its section without pool and model names."""
+        settings = self.settings.model_dump(mode="json", exclude={"pool"})
+        return {key: value for key, value in settings.items() if key not in self.models()}
+
+    def setup(self, context: StageContext) -> None:  # noqa: B027 - most stages load models, none has to
+        """Load models. Called once in each worker, before its first row."""
+
+    @abstractmethod
+    def process(self, rows: Sequence[Row]) -> Sequence[Row | RowError]:
+        """The added columns of each row, in the rows' order.
+
+        A row that cannot be finished gets a `RowError` in its place. If the call itself raises while it holds several
+        rows, the engine calls again with each row alone, so that only the guilty one fails.
+        """
+
+    def teardown(self) -> None:  # noqa: B027 - optional
+        """Release what `setup` took. Not called when a worker is killed."""
