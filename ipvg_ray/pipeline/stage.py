@@ -44,7 +44,7 @@ class RowError(Exception):
 
 
 class StageDefinitionError(TypeError):
-    """A stage class that contradicts the contract or the schemas; raised when the class or the plan is made."""
+    """A stage class that contradicts the contract or the schemas; raised when the stage is made, before anything runs."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ class Stage(ABC):
         grain: `identity` (once per face) or `sample` (once per face and prompt).
         needs: columns read, from the identities or samples table or from earlier stages.
         version: raise it when the same configuration gives other results; part of the fingerprint.
+        media: folders of the run that this stage publishes files into.
 
     The columns a stage adds are those of `schemas/<name>.yaml`.
     """
@@ -112,23 +113,26 @@ class Stage(ABC):
     grain: ClassVar[Grain]
     needs: ClassVar[tuple[str, ...]]
     version: ClassVar[int] = 1
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        for attribute, kind in (("name", str), ("grain", str), ("needs", tuple)):
-            if not isinstance(getattr(cls, attribute, None), kind):
-                raise StageDefinitionError(f"{cls.__name__} must set `{attribute}` ({kind.__name__}) on the class")
-        if cls.grain not in ("identity", "sample"):
-            raise StageDefinitionError(f"{cls.__name__}.grain is {cls.grain!r}; it must be 'identity' or 'sample'")
+    media: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Config) -> None:
-        """Keep the configuration; load nothing. The plan makes stages on machines without their models."""
+        """Keep the configuration; load nothing. The plan makes stages on machines without their models.
+
+        Raises:
+            StageDefinitionError: where the class leaves out what the contract wants.
+        """
+        # Not in __init_subclass__: classes that travel to workers by value are rebuilt there before they have attributes.
+        for attribute, kind in (("name", str), ("grain", str), ("needs", tuple)):
+            if not isinstance(getattr(self, attribute, None), kind):
+                raise StageDefinitionError(f"{type(self).__name__} must set `{attribute}` ({kind.__name__}) on the class")
+        if self.grain not in ("identity", "sample"):
+            raise StageDefinitionError(f"{type(self).__name__}.grain is {self.grain!r}, not 'identity' or 'sample'")
         self.config = config
 
     @classmethod
-    def adds(cls) -> tuple[str, ...]:
-        """Columns this stage adds, as its schema lists them."""
-        return tuple(schema.table(cls.name).columns)
+    def table(cls) -> schema.Table:
+        """The table of the columns this stage adds; `schemas/<name>.yaml` unless a subclass brings its own."""
+        return schema.table(cls.name)
 
     @property
     def settings(self) -> StageSection:

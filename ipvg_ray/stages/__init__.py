@@ -1,1 +1,31 @@
 """One file a stage: what it needs and adds, what it asks of the machine, how it calls its model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ipvg_ray.config import Config
+    from ipvg_ray.pipeline.stage import Stage
+
+NAMES = ("faces", "matting", "prompts", "first_frame", "video", "evaluate")
+
+
+def make_stages(config: Config, until: str | None = None) -> list[Stage]:
+    """The pipeline's stages in order, to `until` (the last one unless given). Loads no model.
+
+    Raises:
+        ValueError: for a name that is no stage.
+    """
+    from ipvg_ray.stages.evaluate import EvaluateStage
+    from ipvg_ray.stages.faces import FacesStage
+    from ipvg_ray.stages.first_frame import FirstFrameStage
+    from ipvg_ray.stages.matting import MattingStage
+    from ipvg_ray.stages.prompts import PromptsStage
+    from ipvg_ray.stages.video import VideoStage
+
+    if until is not None and until not in NAMES:
+        raise ValueError(f"there is no stage {until!r}; there are {', '.join(NAMES)}")
+    classes = (FacesStage, MattingStage, PromptsStage, FirstFrameStage, VideoStage, EvaluateStage)
+    wanted = classes if until is None else classes[: NAMES.index(until) + 1]
+    return [stage(config) for stage in wanted]

@@ -1,0 +1,265 @@
+"""The one file that knows Ray Data: a plan becomes one streaming execution, with an actor pool per stage."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray 2.60 writes a token at the first local start; be consistent
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers see the machine as it is; no warning
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from ipvg_ray.pipeline.plan import Step
+from ipvg_ray.pipeline.stage import Resources
+from ipvg_ray.pipeline.tickets import TicketFile, read_rows
+from ipvg_ray.pipeline.worker import Event, Worker, WorkerSpec, WorkerStartError
+
+READ_CPUS = 0.5
+_READ_ROWS = 256
+"""Rows one read task rebuilds: enough that a million rows are a few thousand tasks."""
+_POLL_SECONDS = 0.5
+
+
+class ResourceError(RuntimeError):
+    """The machine cannot hold the plan's smallest pools at once."""
+
+
+@ray.remote(num_cpus=0)
+class _Mailbox:
+    """Collects the workers' events until the driver asks for them."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def put(self, event: Event) -> None:
+        self.events.append(event)
+
+    def take(self) -> list[Event]:
+        events, self.events = self.events, []
+        return events
+
+
+class _Tickets(Datasource):
+    """Ray's view of a ticket file: read tasks over ranges of it, each giving blocks of `block` rows."""
+
+    def __init__(self, tickets: TicketFile, block: int) -> None:
+        super().__init__()
+        self.tickets = tickets
+        self.block = block
+
+    def get_name(self) -> str:
+        return f"read_{self.tickets.path.stem}"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def tasks(self) -> int:
+        return -(-self.tickets.rows // max(_READ_ROWS, self.block))
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+        span = -(-self.tickets.rows // self.tasks())
+        tickets, block = self.tickets, self.block
+        result = []
+        for start in range(0, tickets.rows, span):
+            stop = min(start + span, tickets.rows)
+            metadata = BlockMetadata(num_rows=stop - start, size_bytes=None, input_files=None, exec_stats=None)
+
+            def read(start: int = start, stop: int = stop) -> Iterator[pa.Table]:
+                return read_rows(tickets, start, stop, block)
+
+            result.append(ReadTask(read, metadata, schema=tickets.arriving))
+        return result
+
+
+def connect() -> None:
+    """Join the cluster that this process belongs to (`RAY_ADDRESS`, a Ray job), else start one on this machine."""
+    if ray.is_initialized():
+        return
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        memory = min(2 << 30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
+        ray.init(address="local", include_dashboard=False, object_store_memory=memory, **quiet)
+
+
+def check_resources(steps: Sequence[Step]) -> None:
+    """Refuse a plan whose smallest pools and one reader do not fit the cluster: Ray Data would wait for ever.
+
+    On an autoscaling cluster the nodes that are yet to come are unknown, so nothing is refused there.
+
+    Raises:
+        ResourceError: names what is asked, what is there, and what to change.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    there = ray.cluster_resources()
+    asked = [(step.name, step.stage.resources()) for step in steps]
+    cpus = sum(r.cpus * r.min_workers for _, r in asked) + READ_CPUS
+    gpus = sum(r.gpus * r.min_workers for _, r in asked)
+    for kind, need, unit in (("CPU", cpus, "cpus"), ("GPU", gpus, "gpus")):
+        have = there.get(kind, 0)
+        if need > have + 1e-6:
+            shares = ", ".join(f"{name} {getattr(r, unit) * r.min_workers:g}" for name, r in asked)
+            raise ResourceError(
+                f"the smallest pools ask for {need:g} {kind}s together ({shares}) and this machine has {have:g}; "
+                f"lower pool.{unit} or run fewer stages at once with --until"
+            )
+
+
+def execute(
+    steps: Sequence[Step],
+    specs: dict[str, WorkerSpec],
+    tickets: dict[str, TicketFile],
+    on_events: Callable[[Sequence[Event]], None],
+) -> None:
+    """Run to the end everything the tickets name.
+
+    Args:
+        specs: per stage, how its workers are made.
+        tickets: per stage, the rows that enter at it; stages without any may be left out.
+        on_events: called about twice a second, in a thread of its own, with what the workers told.
+
+    Raises:
+        WorkerStartError: where a stage's workers cannot start.
+    """
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = -1  # one video may take longer than Ray's half hour
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    mailbox = _Mailbox.remote()  # type: ignore[attr-defined]
+    dataset = _dataset(steps, specs, tickets, mailbox)
+    if dataset is None:
+        return
+    with _polling(mailbox, on_events):
+        try:
+            for _ in dataset.iter_internal_ref_bundles():
+                pass
+        except ray.exceptions.RayError as error:
+            raise _explained(error) from error
+
+
+def _dataset(
+    steps: Sequence[Step], specs: dict[str, WorkerSpec], tickets: dict[str, TicketFile], mailbox: Any
+) -> Dataset | None:
+    dataset: Dataset | None = None
+    for step in steps:
+        batch = step.stage.resources().batch_size
+        if dataset is not None:
+            # Dealt out in blocks of one batch: bigger blocks would tie rows to one worker while others idle.
+            dataset = dataset.repartition(target_num_rows_per_block=batch)
+        entering = tickets.get(step.name)
+        if entering is not None and entering.rows:
+            fresh = _read(entering, batch)
+            dataset = fresh if dataset is None else dataset.union(fresh)
+        if dataset is not None:
+            dataset = _map(dataset, step, specs[step.name], mailbox)
+    return dataset
+
+
+def _read(entering: TicketFile, batch: int) -> Dataset:
+    source = _Tickets(entering, batch)
+    fresh = ray.data.read_datasource(source, override_num_blocks=source.tasks(), num_cpus=READ_CPUS)
+    return fresh.repartition(target_num_rows_per_block=batch)
+
+
+def _map(dataset: Dataset, step: Step, spec: WorkerSpec, mailbox: Any) -> Dataset:
+    asks = step.stage.resources()
+    operator = type(step.name, (_StageActor,), {})  # the class's name is the operator's in Ray's dashboards and logs
+    return dataset.map_batches(
+        operator,
+        fn_constructor_args=(spec, mailbox),
+        batch_size=asks.batch_size,
+        batch_format="pyarrow",
+        compute=ActorPoolStrategy(
+            min_size=asks.min_workers, max_size=asks.max_workers, max_tasks_in_flight_per_actor=2
+        ),
+        num_cpus=asks.cpus,
+        num_gpus=asks.gpus,
+        **_remote_args(asks),
+    )
+
+
+def _remote_args(asks: Resources) -> dict[str, Any]:
+    """Ray's arguments that Ray Data announced to remove: kept in this one place (ray < 2.64).
+
+    A worker that dies is started again and its batch given to it again without end: the store's tries put an end to it,
+    since a batch that keeps killing workers is taken apart and the guilty row set aside.
+    """
+    args: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
+    if asks.memory_gb:
+        args["memory"] = int(asks.memory_gb * 2**30)
+    if asks.accelerator_type:
+        args["accelerator_type"] = asks.accelerator_type
+    return args
+
+
+class _StageActor:
+    """A stage's worker inside a Ray Data actor."""
+
+    def __init__(self, spec: WorkerSpec, mailbox: Any) -> None:
+        asks = spec.step.stage.resources()
+        # Before torch, ONNX and OpenCV are imported by the stage's setup: they size their pools from these.
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"):
+            os.environ[name] = str(asks.threads)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models lie in the cache; a worker never goes to the network
+
+        def report(event: Event) -> None:
+            mailbox.put.remote(event)
+
+        self.worker = Worker(spec, "cuda" if asks.gpus else "cpu", report)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return self.worker(batch)
+
+
+@contextlib.contextmanager
+def _polling(mailbox: Any, on_events: Callable[[Sequence[Event]], None]) -> Iterator[None]:
+    stop = threading.Event()
+
+    def poll() -> None:
+        while not stop.wait(_POLL_SECONDS):
+            on_events(_take(mailbox))
+
+    thread = threading.Thread(target=poll, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=10)
+        on_events(_take(mailbox))
+
+
+def _take(mailbox: Any) -> list[Event]:
+    try:
+        return list(ray.get(mailbox.take.remote(), timeout=10))
+    except ray.exceptions.RayError:
+        return []  # the counts on the screen lag; the run itself does not depend on them
+
+
+def _explained(error: BaseException) -> BaseException:
+    """The worker's own words, where its start is what failed; else the error as it is."""
+    text = str(error)
+    marker = f"{WorkerStartError.__name__}: "
+    if marker in text:
+        return WorkerStartError(text.split(marker)[-1].splitlines()[0])
+    return error
+
+
+def shutdown() -> None:
+    """Leave the cluster; a local one ends."""
+    ray.shutdown()
+
+
+__all__: Iterable[str] = ["ResourceError", "check_resources", "connect", "execute", "shutdown"]

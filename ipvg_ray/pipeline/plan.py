@@ -1,0 +1,139 @@
+"""From stages to a plan: which columns flow where, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from ipvg_ray import schema, tables
+from ipvg_ray.pipeline.stage import Stage
+
+SAMPLES = "_samples"
+"""Column of identity rows that carries the identity's samples until they part ways."""
+ATTEMPT = "_attempt"
+"""How often the row has been tried at the stage it enters at, this try included."""
+
+
+class PlanError(ValueError):
+    """A pipeline that cannot run as it is; the message lists everything that is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage in its place.
+
+    Attributes:
+        stage: the stage.
+        table: its schema.
+        arriving: columns of the rows it receives: keys, what it needs, and what later stages need.
+        leaving: columns of the rows it passes on, before identity rows are turned into sample rows.
+        explode: whether its identity rows leave as one row per sample.
+    """
+
+    stage: Stage
+    table: schema.Table
+    arriving: pa.Schema
+    leaving: pa.Schema
+    explode: bool
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+    @property
+    def key(self) -> str:
+        return self.table.key[0]
+
+
+def samples_type() -> pa.DataType:
+    """Type of the column of identity rows that carries their samples."""
+    fields = [field for name, field in schema.table("samples").columns.items() if name != "identity_id"]
+    return pa.list_(pa.struct(fields))
+
+
+def make_steps(stages: Sequence[Stage]) -> list[Step]:
+    """Check the stages against each other and the schemas, and work out what flows between them.
+
+    Raises:
+        PlanError: where names repeat, an identity stage follows a sample stage, a needed column does not exist or
+            comes too late, or two tables add the same column.
+    """
+    problems = _problems(stages)
+    if problems:
+        raise PlanError("the pipeline cannot run:\n  " + "\n  ".join(problems))
+    steps = []
+    for index, stage in enumerate(stages):
+        rest = stages[index + 1 :]
+        steps.append(
+            Step(
+                stage=stage,
+                table=stage.table(),
+                arriving=_flow(stages, index, stage.grain),
+                leaving=_flow(stages, index + 1, stage.grain),
+                explode=stage.grain == "identity" and bool(rest) and rest[0].grain == "sample",
+            )
+        )
+    return steps
+
+
+def keys_of(grain: str) -> list[pa.Field]:
+    """The key fields that rows of a grain carry from stage to stage."""
+    text = pa.string()
+    if grain == "identity":
+        return [pa.field("identity_id", text), pa.field(SAMPLES, samples_type()), pa.field(ATTEMPT, pa.int32())]
+    return [*(pa.field(name, text) for name in ("identity_id", "sample_id", "prompt_id")), pa.field(ATTEMPT, pa.int32())]
+
+
+def carried(stages: Sequence[Stage], index: int) -> list[tuple[str, str]]:
+    """(table, column) of every column that stages from `index` on need and that exists before that stage."""
+    sources: dict[str, str] = {}
+    for table in [*(schema.table(name) for name in tables.INPUT_TABLES), *(s.table() for s in stages[:index])]:
+        sources.update({column: table.name for column in table.columns})
+    wanted = dict.fromkeys(column for stage in stages[index:] for column in stage.needs)
+    keys = {"identity_id", "sample_id", "prompt_id"}
+    return [(sources[column], column) for column in wanted if column in sources and column not in keys]
+
+
+def _flow(stages: Sequence[Stage], index: int, grain: str) -> pa.Schema:
+    """Schema of rows in front of stage `index`; samples' columns ride inside the list column of identity rows."""
+    types = {column: field for stage in stages[:index] for column, field in stage.table().columns.items()}
+    for name in tables.INPUT_TABLES:
+        types.update(schema.table(name).columns)
+    columns = [c for source, c in carried(stages, index) if not (grain == "identity" and source == "samples")]
+    return pa.schema([*keys_of(grain), *(pa.field(c, types[c].type) for c in columns)])
+
+
+def _problems(stages: Sequence[Stage]) -> list[str]:
+    problems = [] if stages else ["there is no stage"]
+    known = {column: "identities" for column in schema.table("identities").columns}
+    sample_columns = {column: "samples" for column in schema.table("samples").columns}
+    grain = "identity"
+    later = {column: stage.name for stage in stages for column in stage.table().columns}
+    names: set[str] = set()
+    for stage in stages:
+        if stage.name in names:
+            problems.append(f"two stages are named {stage.name}")
+        names.add(stage.name)
+        if stage.grain == "identity" and grain == "sample":
+            problems.append(f"{stage.name} works per identity but stands behind a stage that works per sample")
+        if stage.grain == "sample":
+            grain = "sample"
+            known = {**sample_columns, **known}
+        for column in stage.needs:
+            if column not in known:
+                problems.append(_missing(stage, column, known, later))
+        for column in stage.table().columns:
+            if column in {**known, **sample_columns}:
+                problems.append(f"{stage.name} adds {column!r}, which {known.get(column, 'samples')} already has")
+            known[column] = stage.name
+    return problems
+
+
+def _missing(stage: Stage, column: str, known: dict[str, str], later: dict[str, str]) -> str:
+    if column in later:
+        return f"{stage.name} needs {column!r}, which comes only from {later[column]}, at or behind it"
+    nearest = difflib.get_close_matches(column, known, n=1)
+    return f"{stage.name} needs {column!r}, which nothing adds" + (f"; did you mean {nearest[0]!r}?" if nearest else "")

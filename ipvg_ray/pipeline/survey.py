@@ -1,0 +1,213 @@
+"""What of a run is done: a few vectors over all rows, read from the key columns of the part files alone.
+
+Nothing here makes a Python object per row: keys are Arrow arrays, everything else numpy, so a million samples cost a few
+dozen megabytes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ipvg_ray import tables
+from ipvg_ray.pipeline.plan import Step
+from ipvg_ray.pipeline.store import FINGERPRINT, Store
+
+
+class InconsistentRunError(RuntimeError):
+    """A run directory whose tables contradict each other or the configuration; the message says what mends it."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where the rows of one table lie.
+
+    Attributes:
+        files: its part files.
+        starts: int64 (files + 1,): number of the first row of each file in the table as a whole, then the total.
+        keys: string array (rows,): the key of every row.
+    """
+
+    files: list[Path]
+    starts: np.ndarray
+    keys: pa.Array
+
+
+@dataclass(frozen=True)
+class StageState:
+    """One stage's view of the rows of its grain, in the order of the identities or samples table.
+
+    Attributes:
+        at: int64 (rows,): the row's number in the stage's table, -1 where it is not done.
+        tries: int32 (rows,): tries that ended in a failure which still stands; 0 where there is none.
+        attempts: int32 (rows,): tries known of at all, those of retried failures included.
+    """
+
+    at: np.ndarray
+    tries: np.ndarray
+    attempts: np.ndarray
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rows of one stage: all, finished, failed here, failed in front of it, and still to do."""
+
+    total: int
+    done: int
+    failed: int
+    lost: int
+    waiting: int
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Everything a session needs to know to do exactly what is missing.
+
+    Attributes:
+        identities, samples: where the frozen input rows lie.
+        owner: int64 (samples,): the identity's row of each sample.
+        first: int64 (identities + 1,): the first sample's row of each identity, then the total.
+        indexes: per stage, where its rows lie.
+        states: per stage, what is done and failed.
+        entry: per stage, the rows of its grain that must be fed into it from files, ascending.
+        counts: per stage.
+    """
+
+    identities: Index
+    samples: Index
+    owner: np.ndarray
+    first: np.ndarray
+    indexes: dict[str, Index]
+    states: dict[str, StageState]
+    entry: dict[str, np.ndarray]
+    counts: dict[str, Counts]
+
+
+def survey(store: Store, steps: Sequence[Step], fingerprints: dict[str, str]) -> Survey:
+    """Read what is done.
+
+    Args:
+        fingerprints: per stage, what every part file of it must carry.
+
+    Raises:
+        InconsistentRunError: for a part of another fingerprint, or rows that a later stage has and an earlier lacks.
+    """
+    identities = read_index(store.run_dir, "identities", "identity_id")
+    samples = read_index(store.run_dir, "samples", "sample_id")
+    owner = _owners(store.run_dir, identities)
+    first = np.searchsorted(owner, np.arange(len(identities.keys) + 1))
+    indexes = {s.name: read_index(store.run_dir, s.name, s.key, fingerprints[s.name]) for s in steps}
+    failures = tables.read_table(store.run_dir, "failures", ["stage", "attempt"])
+    retried = tables.read_table(store.engine_dir / "retried", "failures", ["stage", "attempt"])
+    states = {}
+    for step in steps:
+        keys = identities.keys if step.stage.grain == "identity" else samples.keys
+        at = _positions(keys, indexes[step.name].keys)
+        standing = np.where(at >= 0, 0, _tries(keys, step, failures))
+        states[step.name] = StageState(at, standing, np.maximum(standing, _tries(keys, step, retried)))
+    _refuse_holes(steps, states, owner)
+    entry, counts = _frontier(steps, states, owner, len(identities.keys))
+    return Survey(identities, samples, owner, first, indexes, states, entry, counts)
+
+
+def read_index(run_dir: Path, name: str, key: str, fingerprint: str | None = None) -> Index:
+    """Read the key column of a table.
+
+    Raises:
+        InconsistentRunError: where a part cannot be read, or carries another fingerprint.
+    """
+    files = tables.parts(run_dir, name)
+    with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) * 4)) as pool:
+        columns = list(pool.map(lambda file: _read_keys(file, key, fingerprint), files))
+    starts = np.concatenate([[0], np.cumsum([len(c) for c in columns])]).astype(np.int64)
+    keys = pa.chunked_array(columns, pa.string()).combine_chunks()
+    return Index(files, starts, keys)
+
+
+def _read_keys(file: Path, key: str, fingerprint: str | None) -> pa.Array:
+    try:
+        with pq.ParquetFile(file) as parquet:
+            found = (parquet.schema_arrow.metadata or {}).get(FINGERPRINT, b"").decode()
+            if fingerprint is not None and found != fingerprint:
+                raise InconsistentRunError(
+                    f"{file} was made with another configuration (fingerprint {found or 'none'}, not {fingerprint}); "
+                    f"use --redo-from {file.parent.name}, or --fork into a new directory"
+                )
+            return parquet.read([key]).column(0).combine_chunks().cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
+        raise InconsistentRunError(f"{file} cannot be read ({error}); use --redo-from {file.parent.name}") from error
+
+
+def _owners(run_dir: Path, identities: Index) -> np.ndarray:
+    owner_ids = read_index(run_dir, "samples", "identity_id").keys
+    owner = _positions(owner_ids, identities.keys)
+    if len(owner) and (owner.min() < 0 or (np.diff(owner) < 0).any()):
+        raise InconsistentRunError(f"{run_dir}/samples does not match {run_dir}/identities; start a new run directory")
+    return owner
+
+
+def _positions(keys: pa.Array, among: pa.Array) -> np.ndarray:
+    """For each of `keys` its first place in `among`, or -1: int64, same length."""
+    found = pc.index_in(keys, value_set=among)
+    return pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def _tries(keys: pa.Array, step: Step, failures: pa.Table) -> np.ndarray:
+    """Highest failed attempt of each key at a stage: int32, 0 for none."""
+    rows = failures.filter(pc.equal(failures["stage"], step.name))
+    tries = np.zeros(len(keys), np.int32)
+    if rows.num_rows:
+        places = _positions(rows[step.key].combine_chunks(), keys)
+        attempts = rows["attempt"].to_numpy()
+        np.maximum.at(tries, places[places >= 0], attempts[places >= 0])
+    return tries
+
+
+def _per_sample(step: Step, values: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    return values[owner] if step.stage.grain == "identity" else values
+
+
+def _refuse_holes(steps: Sequence[Step], states: dict[str, StageState], owner: np.ndarray) -> None:
+    for earlier, later in zip(steps, steps[1:], strict=False):
+        if earlier.stage.grain == later.stage.grain:
+            have, lack = states[later.name].at >= 0, states[earlier.name].at < 0
+        else:
+            have, lack = states[later.name].at >= 0, _per_sample(earlier, states[earlier.name].at < 0, owner)
+        if holes := int((have & lack).sum()):
+            raise InconsistentRunError(
+                f"{later.name} holds {holes} rows whose {earlier.name} is missing; use --redo-from {earlier.name}"
+            )
+
+
+def _frontier(
+    steps: Sequence[Step], states: dict[str, StageState], owner: np.ndarray, identities: int
+) -> tuple[dict[str, np.ndarray], dict[str, Counts]]:
+    """Where each row goes on: the first stage that has neither finished nor failed it, if none before failed it."""
+    entry: dict[str, np.ndarray] = {}
+    counts: dict[str, Counts] = {}
+    ready = np.ones(identities, bool)  # rows that every earlier stage has finished
+    dead = np.zeros(identities, bool)  # rows that failed at an earlier stage
+    grain = "identity"
+    for step in steps:
+        if step.stage.grain != grain:
+            ready, dead, grain = ready[owner], dead[owner], step.stage.grain
+        state = states[step.name]
+        done, failed = state.at >= 0, state.tries > 0
+        entry[step.name] = np.flatnonzero(ready & ~done & ~failed)
+        counts[step.name] = Counts(
+            total=len(done),
+            done=int(done.sum()),
+            failed=int((failed & ~done).sum()),
+            lost=int(dead.sum()),
+            waiting=int((~done & ~failed & ~dead).sum()),
+        )
+        ready, dead = done, dead | (failed & ~done)
+    return entry, counts

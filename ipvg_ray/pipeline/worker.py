@@ -1,0 +1,235 @@
+"""One worker of a stage: batch in, checkpoint written, batch out. Everything but the stage's own work, and no Ray.
+
+What holds for every batch, whatever dies in between:
+- a row's outcome is in a part file, of its stage or of the failures, before the row moves on;
+- a batch that comes again (its worker died, or Ray repeats a task) is read back as far as it was finished;
+- an exception fails the one row that raises it, as each row of the batch is then tried alone;
+- a row that took its worker process down `max_deaths` times is set aside as a failure.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ipvg_ray import tables
+from ipvg_ray.pipeline.plan import ATTEMPT, SAMPLES, Step, keys_of
+from ipvg_ray.pipeline.stage import Row, RowError, StageContext
+from ipvg_ray.pipeline.store import Store, batch_digest, failures_table, row_seed
+
+
+class WorkerStartError(RuntimeError):
+    """A stage's worker cannot start; the run cannot go on."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a worker tells of a batch: rows begun, or rows finished and failed with the seconds they took."""
+
+    stage: str
+    began: int = 0
+    done: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """All that a worker needs to be made on another machine."""
+
+    step: Step
+    store: Store
+    run_seed: int
+    fingerprint: str
+    max_deaths: int = 3
+
+
+@dataclass
+class Outcome:
+    """Finished rows (added columns by key) and failure rows of a batch."""
+
+    added: dict[str, Row] = field(default_factory=dict)
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Worker:
+    """Wraps one stage in one process.
+
+    Args:
+        spec: what to run, and into which run directory.
+        device: where the stage's models go, `cpu` or `cuda`.
+        report: called with an `Event` when a batch begins and when it ends.
+
+    Raises:
+        WorkerStartError: where `setup` raises, or has taken its process down `max_deaths` times.
+    """
+
+    def __init__(self, spec: WorkerSpec, device: str, report: Callable[[Event], None] = lambda event: None) -> None:
+        self.spec = spec
+        self.step = spec.step
+        self.stage = spec.step.stage
+        self.store = spec.store
+        self.report = report
+        self.stored = tables.stored_schema(self.step.table)
+        journal = self.store.session_dir / "journal" / f"{self.stage.name}-{os.uname().nodename}-{os.getpid()}.jsonl"
+        self.journal = journal.open("a", buffering=1)
+        self._setup(device)
+
+    def _setup(self, device: str) -> None:
+        deaths = self.store.begin_setup(self.stage.name)
+        if deaths >= self.spec.max_deaths:
+            raise WorkerStartError(f"starting {self.stage.name} killed its process {deaths} times; is memory too small?")
+        threads = self.stage.resources().threads
+        try:
+            self.stage.setup(StageContext(device, threads, self.store, str(self.store.run_dir)))
+        except Exception as error:
+            raise WorkerStartError(f"{self.stage.name} cannot start: {error}") from error
+        finally:
+            self.store.end_setup(self.stage.name)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Run a batch of schema `step.arriving`; returns the finished rows as the next stage wants them."""
+        keys: list[str] = batch[self.step.key].to_pylist()
+        added = self._checkpointed(batch, keys)
+        finished = [i for i, key in enumerate(keys) if key in added]
+        passed = batch.take(pa.array(finished, pa.int64()))
+        return self._leaving(passed, [added[keys[i]] for i in finished])
+
+    # -- one batch -----------------------------------------------------------------------------------------------
+
+    def _checkpointed(self, batch: pa.Table, keys: list[str]) -> dict[str, Row]:
+        """Added columns by key of all rows that are finished once the batch's outcome is on disk."""
+        digest = batch_digest(keys)
+        part = self.store.part(self.stage.name, digest)
+        if part.exists():  # the same batch again: its outcome was written, only the answer got lost
+            return {row[self.step.key]: row for row in pq.read_table(part, partitioning=None).to_pylist()}
+        deaths = self.store.begin_try(self.stage.name, digest)
+        self.report(Event(self.stage.name, began=len(keys)))
+        started = time.perf_counter()
+        outcome = self._outcome(batch, keys, deaths)
+        seconds = time.perf_counter() - started
+        if outcome is None:
+            self.report(Event(self.stage.name, began=-len(keys)))
+            added: dict[str, Row] = {}
+            for i, key in enumerate(keys):
+                added |= self._checkpointed(batch.slice(i, 1), [key])
+        else:
+            self._publish(batch, keys, digest, outcome, seconds)
+            added = outcome.added
+        self.store.end_try(self.stage.name, digest)
+        return added
+
+    def _outcome(self, batch: pa.Table, keys: list[str], deaths: int) -> Outcome | None:
+        """Try the batch; None where its rows must be tried alone: it raised, or has killed a worker before."""
+        rows = self._rows(batch, keys)
+        if len(rows) > 1 and deaths:
+            return None
+        if deaths >= self.spec.max_deaths:
+            why = f"processing this row ended its worker process {deaths} times; it is set aside"
+            return Outcome(failures=[self._failure(rows[0], RowError("worker_died", why))])
+        try:
+            return self._judge(rows, self._process(rows))
+        except Exception as error:  # a model may raise anything; the traceback is kept with the row
+            return None if len(rows) > 1 else Outcome(failures=[self._failure(rows[0], error)])
+
+    def _publish(self, batch: pa.Table, keys: list[str], digest: str, outcome: Outcome, seconds: float) -> None:
+        if outcome.failures:  # first, so that a batch whose part exists is complete
+            self.store.publish_table("failures", f"{self.stage.name}-{digest}", failures_table(outcome.failures))
+        stored = self._stored(batch, keys, outcome, seconds)
+        self.store.publish_table(self.stage.name, digest, stored, self.spec.fingerprint)
+        done, failed = len(outcome.added), len(outcome.failures)
+        self._note("end", keys, done=done, failed=failed, seconds=round(seconds, 4))
+        self.report(Event(self.stage.name, done=done, failed=failed, seconds=seconds))
+
+    def _process(self, rows: list[Row]) -> Sequence[Row | RowError]:
+        self._note("begin", [row[self.step.key] for row in rows])
+        results = self.stage.process(rows)
+        if len(results) != len(rows):
+            raise TypeError(f"{self.stage.name}.process got {len(rows)} rows and gave {len(results)} back")
+        return results
+
+    def _judge(self, rows: list[Row], results: Sequence[Row | RowError]) -> Outcome:
+        outcome = Outcome()
+        for row, result in zip(rows, results, strict=True):
+            if isinstance(result, RowError):
+                outcome.failures.append(self._failure(row, result))
+            else:
+                outcome.added[row[self.step.key]] = self._complete(result)
+        return outcome
+
+    def _complete(self, result: Row) -> Row:
+        """Check a result against the schema now, while it is known which row it belongs to."""
+        columns = self.step.table.columns
+        if missing := [c for c, f in columns.items() if result.get(c) is None and not f.nullable]:
+            raise TypeError(f"{self.stage.name}.process left out {', '.join(missing)}")
+        if unknown := [c for c in result if c not in columns]:
+            raise TypeError(f"{self.stage.name}.process gave {', '.join(unknown)}, which its schema does not have")
+        return {column: pa.scalar(result.get(column), type=f.type).as_py() for column, f in columns.items()}
+
+    # -- rows in and out -----------------------------------------------------------------------------------------
+
+    def _rows(self, batch: pa.Table, keys: list[str]) -> list[Row]:
+        columns = [c for c in batch.column_names if c in self.stage.needs or c in ("identity_id", "sample_id", "prompt_id")]
+        rows: list[Row] = batch.select([*columns, ATTEMPT]).to_pylist()
+        for row, key in zip(rows, keys, strict=True):
+            row["seed"] = row_seed(self.spec.run_seed, key, self.stage.name)
+        return rows
+
+    def _stored(self, batch: pa.Table, keys: list[str], outcome: Outcome, seconds: float) -> pa.Table:
+        identities = batch["identity_id"].to_pylist()
+        rows = []
+        for key, identity in zip(keys, identities, strict=True):
+            if key in outcome.added:
+                seed = row_seed(self.spec.run_seed, key, self.stage.name)
+                extra = {"identity_id": identity, self.step.key: key, "seed": seed, "seconds": seconds / len(keys)}
+                rows.append({**outcome.added[key], **extra})
+        return pa.Table.from_pylist(rows, schema=self.stored)
+
+    def _leaving(self, passed: pa.Table, added: list[Row]) -> pa.Table:
+        """Rows for the next stage: what it and its successors need, one per sample where the grain changes."""
+        columns: dict[str, Any] = {name: passed[name] for name in passed.column_names}
+        columns[ATTEMPT] = pa.array([1] * passed.num_rows, pa.int32())
+        for name in self.step.leaving.names:
+            if name in self.step.table.columns:
+                columns[name] = pa.array([row[name] for row in added], self.step.leaving.field(name).type)
+        table = pa.table([columns[n] for n in self.step.leaving.names], schema=self.step.leaving)
+        return explode(table) if self.step.explode else table
+
+    def _failure(self, row: Row, error: BaseException) -> dict[str, Any]:
+        known = isinstance(error, RowError)
+        trace = "".join(traceback.format_exception(error))
+        return {
+            "stage": self.stage.name,
+            "identity_id": row["identity_id"],
+            "sample_id": row.get("sample_id"),
+            "kind": error.kind if isinstance(error, RowError) else "error",
+            "message": error.message if isinstance(error, RowError) else f"{type(error).__name__}: {error}",
+            "traceback": trace if not known or error.__cause__ else None,
+            "where": None,
+            "attempt": row[ATTEMPT],
+            "failed_at": datetime.now(UTC),
+        }
+
+    def _note(self, event: str, keys: Iterable[str], **values: Any) -> None:
+        self.journal.write(json.dumps({"t": time.time(), "event": event, "keys": list(keys), **values}) + "\n")
+
+
+def explode(table: pa.Table) -> pa.Table:
+    """Identity rows to sample rows: each sample gets its identity's columns."""
+    lists = table[SAMPLES].combine_chunks()
+    samples = pc.list_flatten(lists)
+    identity = table.drop_columns([SAMPLES]).take(pc.list_parent_indices(lists))
+    columns = {name: identity[name] for name in identity.column_names}
+    columns |= {samples.type.field(i).name: samples.field(i) for i in range(samples.type.num_fields)}
+    first = [f.name for f in keys_of("sample")]
+    return pa.table({name: columns[name] for name in [*first, *(n for n in columns if n not in first)]})

@@ -1,0 +1,89 @@
+"""Read the tables of a run directory: Parquet part files below `<run>/<table>/`. No Ray, no models.
+
+Names that begin with a dot or an underscore are the engine's own; pandas, pyarrow and `datasets` skip them too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from ipvg_ray import schema
+
+INPUT_TABLES = ("identities", "samples")
+
+
+def _table(table: str | schema.Table) -> schema.Table:
+    return schema.table(table) if isinstance(table, str) else table
+
+
+def key_columns(table: str | schema.Table) -> tuple[str, ...]:
+    """Key columns of a table, and before them the identity's where the rows belong to one."""
+    key = _table(table).key
+    return ("identity_id", "sample_id") if key == ("sample_id",) else key
+
+
+def stored_schema(table: str | schema.Table) -> pa.Schema:
+    """Schema of a table's part files: keys, the schema's columns, and for stages what the engine adds to each row.
+
+    The engine adds `seed` (the row's own random seed) and `seconds` (of the batch it ran in, divided by its rows).
+    """
+    table = _table(table)
+    fields = [pa.field(key, pa.string()) for key in key_columns(table) if key not in table.columns]
+    fields += list(table.columns.values())
+    if table.grain != "failure" and table.name not in INPUT_TABLES:
+        fields += [pa.field("seed", pa.int64()), pa.field("seconds", pa.float32())]
+    return pa.schema(fields)
+
+
+def parts(run_dir: str | Path, name: str) -> list[Path]:
+    """Part files of a table, sorted by name; empty where the table has not been begun."""
+    return sorted(p for p in (Path(run_dir) / name).glob("*.parquet") if not p.name.startswith((".", "_")))
+
+
+def read_table(run_dir: str | Path, table: str | schema.Table, columns: Sequence[str] | None = None) -> pa.Table:
+    """A whole table, each key once, in the order of the part files.
+
+    Args:
+        columns: read only these; the key columns are always read.
+
+    Returns:
+        An empty table of the right schema where there are no parts.
+    """
+    table = _table(table)
+    full = stored_schema(table)
+    keys = list(key_columns(table))
+    wanted = list(full.names) if columns is None else [*keys, *(c for c in columns if c not in keys)]
+    target = pa.schema([full.field(column) for column in wanted])
+    pieces = [pq.read_table(file, columns=wanted, partitioning=None) for file in parts(run_dir, table.name)]
+    if not pieces:
+        return target.empty_table()
+    rows = pa.concat_tables([piece.select(wanted).cast(target) for piece in pieces])
+    return rows if table.grain == "failure" else first_of_each(rows, table.key[0])
+
+
+def first_of_each(table: pa.Table, key: str) -> pa.Table:
+    """The first row of each value of `key`, order kept."""
+    codes = pc.dictionary_encode(table[key].combine_chunks()).indices.to_numpy(zero_copy_only=False)
+    _, first = np.unique(codes, return_index=True)
+    return table if len(first) == len(codes) else table.take(pa.array(np.sort(first)))
+
+
+def read_run(run_dir: str | Path) -> dict[str, Any]:
+    """`run.json`: configuration, fingerprints and sessions of a run.
+
+    Raises:
+        FileNotFoundError: where the folder is not a run directory; the message says so.
+    """
+    path = Path(run_dir) / "run.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_dir} is not a run directory: it holds no run.json")
+    run: dict[str, Any] = json.loads(path.read_text())
+    return run
