@@ -1,11 +1,12 @@
 """The one typed configuration. Defaults are the method's published settings; profiles and `--set` change them.
 
-Every stage has a section with two kinds of fields: what decides its results (part of the stage's fingerprint) and `pool`,
-which only decides how it runs. A model is named by a path, or by a name below `models.root`.
+Every stage has a section with two kinds of fields: what decides its results (part of the stage's fingerprint), and
+`pool`, which only decides how it runs. A model is named by a path, or by a name below `models.root`.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -15,11 +16,13 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ipvg_ray.errors import UserError
+
 DType = Literal["float32", "bfloat16", "float16"]
 Unit = Annotated[float, Field(ge=0, le=1)]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration that cannot be run; the message names the field and what it may be."""
 
 
@@ -258,7 +261,9 @@ def load(
             exclude each other.
     """
     if profile not in profiles():
-        raise ConfigError(f"unknown profile {profile!r}; there are {', '.join(profiles())}{_nearest(profile, profiles())}")
+        raise ConfigError(
+            f"unknown profile {profile!r}; there are {', '.join(profiles())}{_nearest(profile, profiles())}"
+        )
     tree = _read_yaml((resources.files("ipvg_ray.profiles") / f"{profile}.yaml").read_text(), f"profile {profile}")
     if file is not None:
         try:
@@ -270,6 +275,20 @@ def load(
         _merge(tree, _override(text))
     tree["profile"] = profile
     return from_tree(tree)
+
+
+def updated(tree: Mapping[str, Any], overrides: Iterable[str], values: Mapping[str, Any]) -> Config:
+    """A kept configuration with `values`, then `overrides`, on top. Raises ConfigError."""
+    merged = copy.deepcopy(dict(tree))
+    _merge(merged, values)
+    for text in overrides:
+        _merge(merged, _override(text))
+    return from_tree(merged)
+
+
+def default_profile() -> str:
+    """`gpu` where this machine shows a GPU, else `cpu-mini`."""
+    return "gpu" if Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists() else "cpu-mini"
 
 
 def from_tree(tree: Mapping[str, Any]) -> Config:
@@ -326,5 +345,7 @@ def _fields_at(loc: tuple[Any, ...]) -> list[str]:
     model: Any = Config
     for part in loc:
         annotation = model.model_fields[part].annotation
-        model = next((a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)), Config)
+        model = next(
+            (a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)), Config
+        )
     return list(model.model_fields)

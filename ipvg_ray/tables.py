@@ -16,8 +16,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ipvg_ray import schema
+from ipvg_ray.errors import UserError
 
 INPUT_TABLES = ("identities", "samples")
+
+
+class NotARunError(UserError, FileNotFoundError):
+    """A folder that is not a run directory."""
 
 
 def _table(table: str | schema.Table) -> schema.Table:
@@ -80,10 +85,10 @@ def read_run(run_dir: str | Path) -> dict[str, Any]:
     """`run.json`: configuration, fingerprints and sessions of a run.
 
     Raises:
-        FileNotFoundError: where the folder is not a run directory; the message says so.
+        NotARunError: where the folder is not a run directory; the message says so.
     """
     path = Path(run_dir) / "run.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{run_dir} is not a run directory: it holds no run.json")
+        raise NotARunError(f"{run_dir} is not a run directory: it holds no run.json")
     run: dict[str, Any] = json.loads(path.read_text())
     return run

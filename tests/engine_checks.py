@@ -27,9 +27,11 @@ def check_complete(run_dir: Path, failed: dict[str, set[str]] | None = None) -> 
     found = tables.read_table(run_dir, "failures").to_pylist()
     for stage in STAGES:
         key = stage.table().key[0]
-        everything = identities if stage.grain == "identity" else [
-            s["sample_id"] for s in samples if s["identity_id"] not in dead and s["sample_id"] not in dead
-        ]
+        everything = (
+            identities
+            if stage.grain == "identity"
+            else [s["sample_id"] for s in samples if s["identity_id"] not in dead and s["sample_id"] not in dead]
+        )
         gone = [f[key] for f in found if f["stage"] == stage.name]
         assert Counter(gone) == Counter(failed.get(stage.name, set()))
         dead |= set(gone)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field
 
 from ipvg_ray import schema, tables
 from ipvg_ray.config import PoolConfig, Section, StageSection
@@ -33,7 +34,7 @@ class FakeConfig(Section):
     second: FakeSection = FakeSection()
     third: FakeSection = FakeSection()
     delay: float = 0.0
-    bad: dict[str, str] = {}
+    bad: dict[str, str] = Field(default_factory=dict)
 
 
 def _table(name: str, grain: str, **types: pa.DataType) -> schema.Table:
@@ -141,14 +142,21 @@ def _write(out: Path, name: str, rows: dict[str, Any]) -> None:
 
 
 def request(
-    run_dir: Path, *, workers: int = 1, batch: int = 1, add: int = 1, delay: float = 0.0,
-    bad: dict[str, str] | None = None, seed: int = 1, **options: Any,
+    run_dir: Path,
+    *,
+    workers: int = 1,
+    batch: int = 1,
+    add: int = 1,
+    delay: float = 0.0,
+    bad: dict[str, str] | None = None,
+    seed: int = 1,
+    **options: Any,
 ) -> engine.Request:
     pool = PoolConfig(min_workers=1, max_workers=workers, batch_size=batch, cpus=0.1)
     section, last = FakeSection(pool=pool), FakeSection(pool=pool, add=add)
     config = FakeConfig(first=section, second=section, third=last, delay=delay, bad=bad or {})
     stages = [stage(config) for stage in STAGES]  # type: ignore[arg-type]
-    return engine.Request(run_dir, {"dataset": {"path": "fake"}}, seed, stages, **options)
+    return engine.Request(run_dir, {"dataset": {"path": "fake", "strict": False}}, seed, stages, **options)
 
 
 def main() -> int:

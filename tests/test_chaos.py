@@ -60,3 +60,35 @@ def test_killed_runs_end_complete(tmp_path: Path, chance: int) -> None:
     assert process.returncode == 0, output.decode()
     check_complete(run_dir, FAILED)
     assert check_nothing_redone(run_dir) > 0
+
+
+def test_killed_workers_are_replaced_within_the_run(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start(run_dir, [])
+    luck = random.Random(7)
+    for goal in (3, 12, 24):
+        while rows(run_dir) < goal and process.poll() is None:
+            time.sleep(0.01)
+        workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "MapWorker" in p.name()]
+        if workers:
+            luck.choice(workers).kill()
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output.decode()
+    check_complete(run_dir)
+
+
+def test_sigterm_ends_the_run_and_it_can_go_on(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = start(run_dir, [])
+    while rows(run_dir) < 10 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output.decode()
+    assert b"OUTCOME interrupted" in output
+    assert tables.read_run(run_dir)["sessions"][-1]["outcome"] == "interrupted"
+    process = start(run_dir, [])
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output.decode()
+    check_complete(run_dir)
+    check_nothing_redone(run_dir)

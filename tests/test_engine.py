@@ -84,7 +84,7 @@ def test_fork_reuses_what_is_still_valid(copy: Path, tmp_path: Path) -> None:
     check_nothing_redone(tmp_path / "new")
     assert all(text.endswith("/5") for text in answers(tmp_path / "new").values())
     assert all(text.endswith("/1") for text in answers(copy).values())
-    with pytest.raises(FileExistsError, match="already holds a run"):
+    with pytest.raises(engine.ChangedError, match="already holds a run"):
         engine.fork(copy, tmp_path / "new", asked.stages, asked.seed)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray 2.60 writes a token at the first local start; be consistent
@@ -17,6 +17,7 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
+from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.plan import Step
 from ipvg_ray.pipeline.stage import Resources
 from ipvg_ray.pipeline.tickets import TicketFile, read_rows
@@ -28,7 +29,7 @@ _READ_ROWS = 256
 _POLL_SECONDS = 0.5
 
 
-class ResourceError(RuntimeError):
+class ResourceError(UserError):
     """The machine cannot hold the plan's smallest pools at once."""
 
 
@@ -260,6 +261,3 @@ def _explained(error: BaseException) -> BaseException:
 def shutdown() -> None:
     """Leave the cluster; a local one ends."""
     ray.shutdown()
-
-
-__all__: Iterable[str] = ["ResourceError", "check_resources", "connect", "execute", "shutdown"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from ipvg_ray import schema, tables
+from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.stage import Stage
 
 SAMPLES = "_samples"
@@ -17,7 +18,7 @@ ATTEMPT = "_attempt"
 """How often the row has been tried at the stage it enters at, this try included."""
 
 
-class PlanError(ValueError):
+class PlanError(UserError, ValueError):
     """A pipeline that cannot run as it is; the message lists everything that is wrong with it."""
 
 
@@ -29,15 +30,16 @@ class Step:
         stage: the stage.
         table: its schema.
         arriving: columns of the rows it receives: keys, what it needs, and what later stages need.
-        leaving: columns of the rows it passes on, before identity rows are turned into sample rows.
-        explode: whether its identity rows leave as one row per sample.
+        leaving: columns of the rows it finishes, still one row per identity or sample as they arrived.
+        passing: columns of the rows it passes on; another grain than `leaving` where its identity rows are turned into
+            one row per sample.
     """
 
     stage: Stage
     table: schema.Table
     arriving: pa.Schema
     leaving: pa.Schema
-    explode: bool
+    passing: pa.Schema
 
     @property
     def name(self) -> str:
@@ -46,6 +48,11 @@ class Step:
     @property
     def key(self) -> str:
         return self.table.key[0]
+
+    @property
+    def explodes(self) -> bool:
+        """Whether its identity rows leave as one row per sample."""
+        return SAMPLES in self.leaving.names and SAMPLES not in self.passing.names
 
 
 def samples_type() -> pa.DataType:
@@ -66,14 +73,14 @@ def make_steps(stages: Sequence[Stage]) -> list[Step]:
         raise PlanError("the pipeline cannot run:\n  " + "\n  ".join(problems))
     steps = []
     for index, stage in enumerate(stages):
-        rest = stages[index + 1 :]
+        after = stages[index + 1].grain if index + 1 < len(stages) else stage.grain
         steps.append(
             Step(
                 stage=stage,
                 table=stage.table(),
                 arriving=_flow(stages, index, stage.grain),
                 leaving=_flow(stages, index + 1, stage.grain),
-                explode=stage.grain == "identity" and bool(rest) and rest[0].grain == "sample",
+                passing=_flow(stages, index + 1, after),
             )
         )
     return steps
@@ -84,14 +91,17 @@ def keys_of(grain: str) -> list[pa.Field]:
     text = pa.string()
     if grain == "identity":
         return [pa.field("identity_id", text), pa.field(SAMPLES, samples_type()), pa.field(ATTEMPT, pa.int32())]
-    return [*(pa.field(name, text) for name in ("identity_id", "sample_id", "prompt_id")), pa.field(ATTEMPT, pa.int32())]
+    return [
+        *(pa.field(name, text) for name in ("identity_id", "sample_id", "prompt_id")),
+        pa.field(ATTEMPT, pa.int32()),
+    ]
 
 
 def carried(stages: Sequence[Stage], index: int) -> list[tuple[str, str]]:
     """(table, column) of every column that stages from `index` on need and that exists before that stage."""
     sources: dict[str, str] = {}
     for table in [*(schema.table(name) for name in tables.INPUT_TABLES), *(s.table() for s in stages[:index])]:
-        sources.update({column: table.name for column in table.columns})
+        sources.update(dict.fromkeys(table.columns, table.name))
     wanted = dict.fromkeys(column for stage in stages[index:] for column in stage.needs)
     keys = {"identity_id", "sample_id", "prompt_id"}
     return [(sources[column], column) for column in wanted if column in sources and column not in keys]
@@ -108,8 +118,8 @@ def _flow(stages: Sequence[Stage], index: int, grain: str) -> pa.Schema:
 
 def _problems(stages: Sequence[Stage]) -> list[str]:
     problems = [] if stages else ["there is no stage"]
-    known = {column: "identities" for column in schema.table("identities").columns}
-    sample_columns = {column: "samples" for column in schema.table("samples").columns}
+    known = dict.fromkeys(schema.table("identities").columns, "identities")
+    sample_columns = dict.fromkeys(schema.table("samples").columns, "samples")
     grain = "identity"
     later = {column: stage.name for stage in stages for column in stage.table().columns}
     names: set[str] = set()

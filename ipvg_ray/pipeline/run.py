@@ -18,6 +18,7 @@ from typing import Any, TextIO
 import pyarrow.parquet as pq
 
 from ipvg_ray import tables
+from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline import fingerprint as fp
 from ipvg_ray.pipeline import progress as shown
 from ipvg_ray.pipeline.plan import PlanError, Step, make_steps
@@ -31,7 +32,7 @@ Freeze = Callable[[Path], dict[str, Any]]
 """Writes the identity set's tables below a folder and returns what run.json keeps of it under `dataset`."""
 
 
-class ChangedError(RuntimeError):
+class ChangedError(UserError):
     """The configuration is not the one this run directory was made with; the message says which fields differ."""
 
 
@@ -143,7 +144,7 @@ def run(request: Request, freeze: Freeze) -> Result:
         counts, grains = this.found.counts, {s.name: s.stage.grain for s in this.steps}
         prompts = len(this.found.owner) / max(1, len(this.found.identities.keys))
         seen = shown.Progress(counts, grains, prompts)
-        session = {"started": _now(), "host": os.uname().nodename, "outcome": "running", "ended": None}
+        session: dict[str, Any] = {"started": _now(), "host": os.uname().nodename, "outcome": "running", "ended": None}
         this.run.setdefault("sessions", []).append(session)
         this.store.write_run(this.run)
         result = Result(counts, this.run["dataset"]["problems"], 0.0)
@@ -212,10 +213,10 @@ def _tally(seen: shown.Progress, steps: Sequence[Step]) -> dict[str, dict[str, A
 def _read_or_freeze(store: Store, request: Request, freeze: Freeze) -> dict[str, Any]:
     if (store.run_dir / "run.json").is_file():
         run = tables.read_run(store.run_dir)
-        if request.config["dataset"] != run["config"]["dataset"]:
-            lines = fp.differences(
-                "dataset", {"settings": run["config"]["dataset"]}, {"settings": request.config["dataset"]}
-            )
+        frozen, asked = run["config"]["dataset"], request.config["dataset"]
+        if lines := fp.differences(
+            "dataset", {"settings": frozen}, {"settings": asked | {"strict": frozen.get("strict")}}
+        ):
             raise ChangedError(_refusal(store.run_dir, lines, None))
         return run
     staging = store.engine_dir / f"frozen-{uuid.uuid4().hex}"
@@ -295,10 +296,10 @@ def fork(old: Path, new: Path, stages: Sequence[Stage], seed: int) -> list[str]:
     Files are linked where the file system can, else copied. Returns the names of the stages taken over.
 
     Raises:
-        FileExistsError: where `new` already holds a run.
+        ChangedError: where `new` already holds a run.
     """
     if (new / "run.json").exists():
-        raise FileExistsError(f"{new} already holds a run; name a new directory")
+        raise ChangedError(f"{new} already holds a run; name a new directory")
     run = tables.read_run(old)
     known = run["stages"]
     prints = fp.fingerprints(stages, seed, run["dataset"]["digest"])

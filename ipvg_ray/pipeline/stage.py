@@ -1,7 +1,7 @@
 """The stage contract: one class says what a stage needs, adds and asks of a machine. Nothing here knows Ray.
 
-A stage is handed rows (plain dictionaries) and gives back, row by row and in order, the columns it adds, or a `RowError`.
-The engine does the rest: batching, checkpoints, failures, resume, seeds, placement.
+A stage is handed rows (plain dictionaries) and gives back, row by row and in order, the columns it adds, or a
+`RowError`. The engine does the rest: batching, checkpoints, failures, resume, seeds, placement.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class RowError(Exception):
 
 
 class StageDefinitionError(TypeError):
-    """A stage class that contradicts the contract or the schemas; raised when the stage is made, before anything runs."""
+    """A stage class that contradicts the contract; raised when the stage is made, before anything runs."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,12 @@ class Stage(ABC):
         Raises:
             StageDefinitionError: where the class leaves out what the contract wants.
         """
-        # Not in __init_subclass__: classes that travel to workers by value are rebuilt there before they have attributes.
+        # Not in __init_subclass__: classes sent to workers by value are rebuilt there before they have attributes.
         for attribute, kind in (("name", str), ("grain", str), ("needs", tuple)):
             if not isinstance(getattr(self, attribute, None), kind):
-                raise StageDefinitionError(f"{type(self).__name__} must set `{attribute}` ({kind.__name__}) on the class")
+                raise StageDefinitionError(
+                    f"{type(self).__name__} must set `{attribute}` ({kind.__name__}) on the class"
+                )
         if self.grain not in ("identity", "sample"):
             raise StageDefinitionError(f"{type(self).__name__}.grain is {self.grain!r}, not 'identity' or 'sample'")
         self.config = config

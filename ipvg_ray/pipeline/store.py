@@ -8,9 +8,9 @@
     <run>/_engine/lock                  held by the process that runs
     <run>/_engine/<session>/            one folder per start: tmp, tries, journal, tickets
 
-Every file is first written into its session's `tmp` folder and then renamed to its place. A new session removes the `tmp`
-folders of all earlier ones before it looks at what is finished: from then on no rename of a worker that outlived its
-driver can succeed, so nothing can be added behind the new session's back.
+Every file is first written into its session's `tmp` folder and then renamed to its place. A new session removes the
+`tmp` folders of all earlier ones before it looks at what is finished: from then on no rename of a worker that outlived
+its driver can succeed, so nothing can be added behind the new session's back.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ipvg_ray import tables
+from ipvg_ray.errors import UserError
 from ipvg_ray.media.names import safe_name
 
 ENGINE = "_engine"
 FINGERPRINT = b"ipvg_ray.fingerprint"
 
 
-class RunLockedError(RuntimeError):
+class RunLockedError(UserError):
     """Another process is running in this directory."""
 
 

@@ -1,11 +1,12 @@
 """What of a run is done: a few vectors over all rows, read from the key columns of the part files alone.
 
-Nothing here makes a Python object per row: keys are Arrow arrays, everything else numpy, so a million samples cost a few
-dozen megabytes.
+Nothing here makes a Python object per row: keys are Arrow arrays, everything else numpy, so a million samples cost a
+few dozen megabytes.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +19,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ipvg_ray import tables
+from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.plan import Step
 from ipvg_ray.pipeline.store import FINGERPRINT, Store
 
 
-class InconsistentRunError(RuntimeError):
+class InconsistentRunError(UserError):
     """A run directory whose tables contradict each other or the configuration; the message says what mends it."""
 
 
@@ -176,7 +178,7 @@ def _per_sample(step: Step, values: np.ndarray, owner: np.ndarray) -> np.ndarray
 
 
 def _refuse_holes(steps: Sequence[Step], states: dict[str, StageState], owner: np.ndarray) -> None:
-    for earlier, later in zip(steps, steps[1:], strict=False):
+    for earlier, later in itertools.pairwise(steps):
         if earlier.stage.grain == later.stage.grain:
             have, lack = states[later.name].at >= 0, states[earlier.name].at < 0
         else:

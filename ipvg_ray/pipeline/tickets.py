@@ -137,5 +137,3 @@ def _take(file: Path, rows: np.ndarray, columns: list[str]) -> pa.Table:
         table = parquet.read_row_groups([int(g) for g in groups], columns=columns)
         places = rows + np.array([shift[g] for g in group_of], np.int64)
         return table.select(columns).take(pa.array(places))
-
-

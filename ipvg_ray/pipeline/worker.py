@@ -23,12 +23,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ipvg_ray import tables
-from ipvg_ray.pipeline.plan import ATTEMPT, SAMPLES, Step, keys_of
+from ipvg_ray.errors import UserError
+from ipvg_ray.pipeline.plan import ATTEMPT, SAMPLES, Step
 from ipvg_ray.pipeline.stage import Row, RowError, StageContext
 from ipvg_ray.pipeline.store import Store, batch_digest, failures_table, row_seed
 
 
-class WorkerStartError(RuntimeError):
+class WorkerStartError(UserError):
     """A stage's worker cannot start; the run cannot go on."""
 
 
@@ -88,7 +89,9 @@ class Worker:
     def _setup(self, device: str) -> None:
         deaths = self.store.begin_setup(self.stage.name)
         if deaths >= self.spec.max_deaths:
-            raise WorkerStartError(f"starting {self.stage.name} killed its process {deaths} times; is memory too small?")
+            raise WorkerStartError(
+                f"starting {self.stage.name} killed its process {deaths} times; is memory too small?"
+            )
         threads = self.stage.resources().threads
         try:
             self.stage.setup(StageContext(device, threads, self.store, str(self.store.run_dir)))
@@ -179,7 +182,9 @@ class Worker:
     # -- rows in and out -----------------------------------------------------------------------------------------
 
     def _rows(self, batch: pa.Table, keys: list[str]) -> list[Row]:
-        columns = [c for c in batch.column_names if c in self.stage.needs or c in ("identity_id", "sample_id", "prompt_id")]
+        columns = [
+            c for c in batch.column_names if c in self.stage.needs or c in ("identity_id", "sample_id", "prompt_id")
+        ]
         rows: list[Row] = batch.select([*columns, ATTEMPT]).to_pylist()
         for row, key in zip(rows, keys, strict=True):
             row["seed"] = row_seed(self.spec.run_seed, key, self.stage.name)
@@ -203,7 +208,7 @@ class Worker:
             if name in self.step.table.columns:
                 columns[name] = pa.array([row[name] for row in added], self.step.leaving.field(name).type)
         table = pa.table([columns[n] for n in self.step.leaving.names], schema=self.step.leaving)
-        return explode(table) if self.step.explode else table
+        return explode(table, self.step.passing) if self.step.explodes else table
 
     def _failure(self, row: Row, error: BaseException) -> dict[str, Any]:
         known = isinstance(error, RowError)
@@ -224,12 +229,11 @@ class Worker:
         self.journal.write(json.dumps({"t": time.time(), "event": event, "keys": list(keys), **values}) + "\n")
 
 
-def explode(table: pa.Table) -> pa.Table:
-    """Identity rows to sample rows: each sample gets its identity's columns."""
+def explode(table: pa.Table, into: pa.Schema) -> pa.Table:
+    """Identity rows to sample rows of schema `into`: each sample gets its identity's columns."""
     lists = table[SAMPLES].combine_chunks()
     samples = pc.list_flatten(lists)
     identity = table.drop_columns([SAMPLES]).take(pc.list_parent_indices(lists))
     columns = {name: identity[name] for name in identity.column_names}
     columns |= {samples.type.field(i).name: samples.field(i) for i in range(samples.type.num_fields)}
-    first = [f.name for f in keys_of("sample")]
-    return pa.table({name: columns[name] for name in [*first, *(n for n in columns if n not in first)]})
+    return pa.table([columns[name] for name in into.names], names=into.names).cast(into)

@@ -1,0 +1,282 @@
+"""The command `ipvg-ray`. Thin: reads options, builds the configuration, calls the rooms, prints what came of it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ipvg_ray import __version__, config, tables
+from ipvg_ray.errors import UserError
+
+EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_ROWS_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+models_app = typer.Typer(no_args_is_help=True, help="Make, fetch and check models.")
+dataset_app = typer.Typer(no_args_is_help=True, help="Read identity sets, make the demonstration set.")
+app.add_typer(models_app, name="models")
+app.add_typer(dataset_app, name="dataset")
+out = Console(highlight=False, soft_wrap=True)
+
+Input = Annotated[str | None, typer.Argument(help="Identity set: folder, file or s3:// URI. Leave out to resume.")]
+Run = Annotated[Path, typer.Option("--out", "-o", help="Run directory; made if new, resumed if not.")]
+Profile = Annotated[str | None, typer.Option(help="Built-in profile: " + ", ".join(config.profiles()) + ".")]
+File = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with any part of the configuration.")]
+Set = Annotated[list[str], typer.Option("--set", "-s", help="section.field=value, such as video.steps=4.")]
+Until = Annotated[str | None, typer.Option(help="Last stage to run.")]
+
+
+@app.command()
+def run(
+    source: Input = None,
+    out_dir: Run = Path("run"),
+    profile: Profile = None,
+    file: File = None,
+    overrides: Set = [],  # noqa: B006 - typer wants a list
+    until: Until = None,
+    strict: Annotated[bool, typer.Option(help="Stop at the first problem in the identity set.")] = False,
+    retry_failures: Annotated[bool, typer.Option(help="Try rows that failed again.")] = False,
+    redo_from: Annotated[str | None, typer.Option(help="Remove this stage's and later results first.")] = None,
+    fork: Annotated[Path | None, typer.Option(help="Start this new run directory from what is still valid.")] = None,
+) -> int:
+    """Turn an identity set into videos; on an existing run directory, do only what is missing."""
+    from ipvg_ray.pipeline import run as engine
+    from ipvg_ray.stages import make_stages
+
+    settings = _settings(out_dir, source, profile, file, overrides, strict)
+    stages = make_stages(settings, until)
+    if fork is not None:
+        engine.require_models(stages)
+        kept = engine.fork(out_dir, fork, stages, settings.seed)
+        out.print(f"{fork} takes over from {out_dir}: {', '.join(kept) or 'the identity set alone'}")
+        out_dir = fork
+    request = engine.Request(
+        out_dir, settings.model_dump(mode="json"), settings.seed, stages, redo_from, retry_failures
+    )
+    result = engine.run(request, _freezer(settings))
+    return _conclude(out_dir, result)
+
+
+@app.command()
+def plan(
+    source: Input = None,
+    out_dir: Run = Path("run"),
+    profile: Profile = None,
+    file: File = None,
+    overrides: Set = [],  # noqa: B006
+    until: Until = None,
+    strict: bool = False,
+) -> int:
+    """Show what a run would do: stages, pools, what each asks for, rows to do. Reads the identity set, runs nothing."""
+    from ipvg_ray.pipeline import run as engine
+    from ipvg_ray.stages import make_stages
+
+    settings = _settings(out_dir, source, profile, file, overrides, strict)
+    stages = make_stages(settings, until)
+    request = engine.Request(out_dir, settings.model_dump(mode="json"), settings.seed, stages)
+    with engine.opened(request, _freezer(settings)) as this:
+        _print_plan(settings, this)
+    return EXIT_OK
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="Run directory.")]) -> int:
+    """Write <run>/report.html from the run's files, also while it is running."""
+    from ipvg_ray.report.page import write_report
+
+    tables.read_run(run_dir)
+    out.print(f"report: {write_report(run_dir)}")
+    return EXIT_OK
+
+
+@app.command()
+def failures(run_dir: Annotated[Path, typer.Argument(help="Run directory.")], traceback: bool = False) -> int:
+    """List the rows that could not be finished, and why."""
+    rows = tables.read_table(run_dir, "failures").to_pylist()
+    table = Table(box=None, pad_edge=False)
+    for name in ("stage", "row", "kind", "attempt", "message"):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        cells = (row["stage"], row["sample_id"] or row["identity_id"], row["kind"], str(row["attempt"]), row["message"])
+        table.add_row(*map(escape, cells))
+    out.print(table if rows else "no failures")
+    if traceback:
+        for row in rows:
+            if row["traceback"]:
+                out.print(
+                    f"\n{row['stage']} {row['sample_id'] or row['identity_id']}\n{row['traceback']}", markup=False
+                )
+    return EXIT_OK
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory.")],
+    target: Annotated[Path, typer.Argument(help="New folder.")],
+) -> int:
+    """Write finished samples in the original layout: idNNN/promptK.mp4, first frames, prompt tables."""
+    from ipvg_ray.dataset.export import export as write
+
+    tables.read_run(run_dir)
+    out.print(f"{write(run_dir, target)} videos exported to {target}")
+    return EXIT_OK
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Where to put models, identity set and run.")] = Path("demo"),
+) -> int:
+    """Make miniature models and a small identity set, run every stage on them, check what came out."""
+    from ipvg_ray.demo import run_demo
+
+    return run_demo(folder, out.print)
+
+
+@models_app.command("make-mini")
+def make_mini(
+    folder: Annotated[Path | None, typer.Argument(help="Where; the profile's models.root if not given.")] = None,
+) -> int:
+    """Make miniature random checkpoints of every model, in the real formats."""
+    from ipvg_ray.models.mini import make_all
+
+    make_all((folder or config.load("cpu-mini").models.root).expanduser(), report=out.print)
+    return EXIT_OK
+
+
+@dataset_app.command("demo")
+def dataset_demo(folder: Annotated[Path, typer.Argument(help="New folder.")]) -> int:
+    """Make the demonstration identity set from pictures that installed packages carry."""
+    from ipvg_ray.dataset.demo import make_demo
+
+    out.print(f"identity set: {make_demo(folder)}")
+    return EXIT_OK
+
+
+@app.command()
+def version() -> int:
+    """Print the version."""
+    out.print(__version__)
+    return EXIT_OK
+
+
+def _settings(
+    run_dir: Path, source: str | None, profile: str | None, file: Path | None, overrides: list[str], strict: bool
+) -> config.Config:
+    """The configuration asked for; on an existing run, the run's own with the overrides on top."""
+    values: dict[str, Any] = {
+        "dataset": {"path": str(Path(source).resolve()) if source and "://" not in source else source}
+    }
+    if source is None:
+        values = {}
+    if strict:
+        values.setdefault("dataset", {})["strict"] = True
+    if (run_dir / "run.json").is_file() and profile is None and file is None:
+        kept = tables.read_run(run_dir)["config"]
+        return config.updated(kept, overrides, values)
+    if source is None:
+        raise config.ConfigError(f"{run_dir} is not a run to resume: name an identity set")
+    return config.load(profile or config.default_profile(), file=file, overrides=overrides, values=values)
+
+
+def _freezer(settings: config.Config) -> Callable[[Path], dict[str, Any]]:
+    from ipvg_ray.dataset.freeze import freeze
+
+    def write(folder: Path) -> dict[str, Any]:
+        found = freeze(settings.dataset, folder)
+        problems = sum(found.problems.values())
+        out.print(f"identity set: {found.identities} identities, {found.samples} samples, {problems} problems")
+        for problem in found.first_problems:
+            place = problem.where or problem.sample_id or problem.identity_id
+            out.print(f"  [yellow]{problem.kind}[/yellow] {escape(place)}: {escape(problem.message)}")
+        return {
+            "path": settings.dataset.path,
+            "format": settings.dataset.format,
+            "identities": found.identities,
+            "samples": found.samples,
+            "problems": problems,
+        }
+
+    return write
+
+
+def _print_plan(settings: config.Config, this: Any) -> None:
+    table = Table(
+        box=None, pad_edge=False, title=f"profile {settings.profile}, seed {settings.seed}", title_justify="left"
+    )
+    for name in ("stage", "per", "workers", "batch", "each asks for", "done", "failed", "to do", "models"):
+        table.add_column(name)
+    for step in this.steps:
+        asks, counts = step.stage.resources(), this.found.counts[step.name]
+        wants = f"{asks.cpus:g} CPU" + (f", {asks.gpus:g} GPU" if asks.gpus else "")
+        wants += f" {asks.accelerator_type}" if asks.accelerator_type else ""
+        wants += f", {asks.memory_gb:g} GiB" if asks.memory_gb else ""
+        workers = (
+            f"{asks.min_workers}-{asks.max_workers}" if asks.max_workers > asks.min_workers else str(asks.min_workers)
+        )
+        models = ", ".join(path.name for path in step.stage.models().values())
+        table.add_row(
+            step.name, step.stage.grain, workers, str(asks.batch_size), wants,
+            str(counts.done), str(counts.failed), str(counts.waiting), models,
+        )  # fmt: skip
+    out.print(table)
+
+
+def _conclude(run_dir: Path, result: Any) -> int:
+    from ipvg_ray.pipeline.progress import duration
+    from ipvg_ray.report.page import write_report
+
+    page = write_report(run_dir)
+    last = list(result.counts.values())[-1]
+    resume = f"ipvg-ray run --out {shlex.quote(str(run_dir))}"
+    if result.outcome == "interrupted":
+        out.print(f"interrupted after {duration(result.seconds)}; finished rows are kept. Go on with: {resume}")
+        return EXIT_INTERRUPTED
+    if result.waiting:
+        out.print(f"[red]{result.waiting} rows were not reached.[/red] Go on with: {resume}")
+        return EXIT_ERROR
+    out.print(f"{last.done} of {last.total} rows finished in {duration(result.seconds)}; report: {page}")
+    if result.failed:
+        out.print(f"[yellow]{result.failed} failed[/yellow]: ipvg-ray failures {shlex.quote(str(run_dir))}; ", end="")
+        out.print(f"try again with: {resume} --retry-failures")
+        return EXIT_ROWS_FAILED
+    return EXIT_OK
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0 done, 1 error, 2 wrong usage, 3 some rows failed, 130 interrupted."""
+    try:
+        code = app(args=arguments, prog_name="ipvg-ray", standalone_mode=False)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except typer.Abort:
+        code = EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except Exception as error:
+        code = _explain(error)
+    return int(code or 0)
+
+
+def _explain(error: Exception) -> int:
+    """Errors that name their mend are printed as they are; anything else is ours, with its traceback."""
+    import click
+
+    if isinstance(error, click.ClickException):
+        error.show()
+        return EXIT_USAGE
+    if not isinstance(error, UserError):
+        raise error
+    notes = "\n".join(getattr(error, "__notes__", []))
+    print(f"ipvg-ray: {error}" + (f"\n{notes}" if notes else ""), file=sys.stderr)
+    return EXIT_USAGE if isinstance(error, config.ConfigError) else EXIT_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

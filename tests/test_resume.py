@@ -1,0 +1,221 @@
+"""Checkpoints and resume without Ray: the same plan, tickets and workers, in one process that crashes at will."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from engine_checks import check_complete, check_nothing_redone, raw_keys
+from engine_driver import STAGES, First, Second, Third, freeze_fake, request
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ipvg_ray import tables
+from ipvg_ray.pipeline import run as engine
+from ipvg_ray.pipeline.plan import PlanError, make_steps
+from ipvg_ray.pipeline.store import RunLockedError, Store, batch_digest, lock, new_session, row_seed
+from ipvg_ray.pipeline.survey import InconsistentRunError
+from ipvg_ray.pipeline.tickets import read_rows, write_tickets
+from ipvg_ray.pipeline.worker import Worker, WorkerSpec
+
+
+class Crash(BaseException):
+    """Stands for a killed process: nothing catches it."""
+
+
+def drive(asked: engine.Request, luck: random.Random | None = None, identities: int = 5, prompts: int = 2) -> Any:
+    """One session in this process, in random order; `luck` decides whether and where it crashes."""
+    with engine.opened(asked, freeze_fake(identities, prompts)) as this:
+        files = [write_tickets(this.store, this.steps, i, this.found) for i in range(len(this.steps))]
+        queues: list[list[pa.Table]] = [list(read_rows(f, 0, f.rows, 3)) if f.rows else [] for f in files]
+        workers = []
+        for step in this.steps:
+            spec = WorkerSpec(step, this.store, asked.seed, this.prints[step.name].digest, asked.max_deaths)
+            workers.append(Worker(spec, "cpu"))
+        steps_left = luck.randint(0, 12) if luck else 10**9
+        while any(queues):
+            stage = (luck or random.Random(0)).choice([i for i, queue in enumerate(queues) if queue])
+            batch = queues[stage].pop(0)
+            size = luck.randint(1, 3) if luck else 2
+            if batch.num_rows > size:
+                queues[stage].insert(0, batch.slice(size))
+                batch = batch.slice(0, size)
+            if steps_left == 0:
+                crash_somewhere(this.store, luck)
+            steps_left -= 1
+            left = workers[stage](batch)
+            if stage + 1 < len(workers):
+                assert left.schema.names == this.steps[stage + 1].arriving.names
+                queues[stage + 1].append(left)
+        return this
+
+
+def crash_somewhere(store: Store, luck: random.Random | None) -> None:
+    """Leave behind what a kill may leave: a half written temporary file; then die."""
+    assert luck is not None
+    (store.session_dir / "tmp" / "half").write_bytes(b"PAR1" + luck.randbytes(20))
+    raise Crash
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.integers(0, 2**32))
+def test_any_crashes_and_orders_give_each_row_once(seed: int) -> None:
+    luck = random.Random(seed)
+    bad = {"second:id00001/prompt1": "raise", "first:id00002": "row-error"}
+    with TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "run"
+        for _ in range(luck.randint(0, 4)):
+            try:
+                drive(request(run_dir, bad=bad), luck)
+                break
+            except Crash:
+                continue
+        drive(request(run_dir, bad=bad))
+        check_complete(run_dir, {"second": {"id00001/prompt1"}, "first": {"id00002"}})
+        check_nothing_redone(run_dir)
+
+
+def test_a_session_that_was_fenced_off_cannot_publish(tmp_path: Path) -> None:
+    old = Store(tmp_path, new_session())
+    old.begin()
+    place = old.publish_table("first", "a", pa.table({"x": [1]}))
+    Store(tmp_path, new_session()).begin()
+    with pytest.raises(FileNotFoundError):
+        old.publish_table("first", "b", pa.table({"x": [2]}))
+    with pytest.raises(FileNotFoundError):
+        old.publish("videos", "id", "p", ".mp4", b"late")
+    assert tables.parts(tmp_path, "first") == [place]
+    assert not (tmp_path / "videos").exists()
+
+
+def test_the_same_batch_again_is_read_back(tmp_path: Path) -> None:
+    asked = request(tmp_path / "run")
+    this = drive(asked)
+    step = this.steps[0]
+    this.store.begin()
+    files = write_tickets(this.store, this.steps, 0, this.found)
+    batch = next(iter(read_rows(files, 0, 2, 2)))
+    worker = Worker(WorkerSpec(step, this.store, asked.seed, this.prints["first"].digest), "cpu")
+    first = worker(batch)
+
+    def explode(rows: Any) -> Any:
+        raise AssertionError("computed again")
+
+    worker.stage.process = explode  # type: ignore[method-assign]
+    assert worker(batch).equals(first)
+
+
+def test_a_worker_that_died_is_counted_and_the_row_set_aside(tmp_path: Path) -> None:
+    asked = request(tmp_path / "run")
+    with engine.opened(asked, freeze_fake(2, 1)) as this:
+        files = write_tickets(this.store, this.steps, 0, this.found)
+        batch = next(iter(read_rows(files, 0, 2, 2)))
+        poison, fine = batch["identity_id"].to_pylist()
+        for _ in range(3):  # what three workers leave that died on this row
+            this.store.begin_try("first", batch_digest([poison]))
+        this.store.begin_try("first", batch_digest([poison, fine]))
+        worker = Worker(WorkerSpec(this.steps[0], this.store, 1, this.prints["first"].digest), "cpu")
+        assert set(worker(batch)["identity_id"].to_pylist()) == {fine}
+        assert [f["kind"] for f in tables.read_table(asked.run_dir, "failures").to_pylist()] == ["worker_died"]
+
+
+def test_bad_results_fail_their_row_only(tmp_path: Path) -> None:
+    asked = request(tmp_path / "run")
+    with engine.opened(asked, freeze_fake(3, 1)) as this:
+        files = write_tickets(this.store, this.steps, 0, this.found)
+        worker = Worker(WorkerSpec(this.steps[0], this.store, 1, this.prints["first"].digest), "cpu")
+        worker.stage.process = lambda rows: [{"total": None} if r["image_width"] == 1 else {"total": 5} for r in rows]  # type: ignore[method-assign]
+        left = worker(next(iter(read_rows(files, 0, 3, 3))))
+        assert left.num_rows == 2
+        failure = tables.read_table(asked.run_dir, "failures").to_pylist()[0]
+        assert (failure["identity_id"], failure["sample_id"]) == ("id00001", None)
+        assert "left out total" in failure["message"]
+
+
+def test_two_processes_cannot_share_a_run(tmp_path: Path) -> None:
+    with lock(tmp_path), pytest.raises(RunLockedError, match="in use by process"):
+        lock(tmp_path)
+
+
+def test_a_part_of_another_configuration_is_named(tmp_path: Path) -> None:
+    drive(request(tmp_path / "run"))
+    part = tables.parts(tmp_path / "run", "second")[0]
+    table = pq.read_table(part, partitioning=None)
+    pq.write_table(table.replace_schema_metadata({b"ipvg_ray.fingerprint": b"other"}), part)
+    with pytest.raises(InconsistentRunError, match="another configuration"):
+        drive(request(tmp_path / "run"))
+
+
+def test_a_removed_table_is_named(tmp_path: Path) -> None:
+    drive(request(tmp_path / "run"))
+    for part in tables.parts(tmp_path / "run", "first"):
+        part.unlink()
+    with pytest.raises(InconsistentRunError, match="--redo-from first"):
+        drive(request(tmp_path / "run"))
+
+
+def test_a_torn_part_is_named(tmp_path: Path) -> None:
+    drive(request(tmp_path / "run"))
+    tables.parts(tmp_path / "run", "second")[0].write_bytes(b"PAR1")
+    with pytest.raises(InconsistentRunError, match=r"cannot be read.*--redo-from second"):
+        drive(request(tmp_path / "run"))
+
+
+def test_rows_and_counts_of_the_survey(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    this = drive(request(run_dir, bad={"first:id00001": "raise"}), identities=4, prompts=3)
+    with engine.opened(request(run_dir), freeze_fake(0, 0)) as after:
+        counts = after.found.counts
+    assert (counts["first"].total, counts["first"].done, counts["first"].failed) == (4, 3, 1)
+    assert (counts["second"].done, counts["second"].lost, counts["second"].waiting) == (9, 3, 0)
+    assert [len(rows) for rows in after.found.entry.values()] == [0, 0, 0]
+    assert np.array_equal(after.found.first, [0, 3, 6, 9, 12])
+    assert len(raw_keys(run_dir, "third", "sample_id")) == 9
+    assert this.found.counts["first"].waiting == 4
+
+
+def test_seeds_differ_by_run_row_and_stage() -> None:
+    seeds = {row_seed(run, key, stage) for run in (1, 2) for key in ("a", "b") for stage in ("x", "y")}
+    assert len(seeds) == 8
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_plans_that_cannot_run_say_everything() -> None:
+    first, second, third = request(Path("unused")).stages
+    with pytest.raises(PlanError, match=r"third needs 'text', which comes only from second"):
+        make_steps([first, third, second])
+    with pytest.raises(PlanError, match=r"first works per identity but stands behind"):
+        make_steps([second, first])
+    with pytest.raises(PlanError, match="two stages are named first"):
+        make_steps([first, first])
+    with pytest.raises(PlanError, match="there is no stage"):
+        make_steps([])
+
+    class Misspelt(Second):
+        needs = ("promt", "total")
+
+    with pytest.raises(PlanError, match=r"'promt', which nothing adds; did you mean 'prompt'"):
+        make_steps([first, Misspelt(first.config)])
+
+
+def test_columns_travel_only_as_far_as_they_are_needed() -> None:
+    steps = make_steps(request(Path("unused")).stages)
+    assert steps[0].arriving.names == ["identity_id", "_samples", "_attempt", "image_width", "image_height"]
+    assert steps[1].arriving.names == [
+        "identity_id",
+        "sample_id",
+        "prompt_id",
+        "_attempt",
+        "prompt",
+        "total",
+        "image_height",
+    ]
+    assert steps[2].arriving.names == ["identity_id", "sample_id", "prompt_id", "_attempt", "text", "image_height"]
+    assert steps[2].leaving.names == ["identity_id", "sample_id", "prompt_id", "_attempt"]
+    assert [type(step.stage) for step in steps] == list(STAGES) == [First, Second, Third]
