@@ -18,7 +18,8 @@ from ipvg_ray.errors import UserError
 
 EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_ROWS_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+HELP = "Turn a set of faces and prompts into identity-preserving videos; resumable, on a laptop or a cluster."
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 models_app = typer.Typer(no_args_is_help=True, help="Make, fetch and check models.")
 dataset_app = typer.Typer(no_args_is_help=True, help="Read identity sets, make the demonstration set.")
 app.add_typer(models_app, name="models")
@@ -99,6 +100,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Run directory.")]) -> i
 @app.command()
 def failures(run_dir: Annotated[Path, typer.Argument(help="Run directory.")], traceback: bool = False) -> int:
     """List the rows that could not be finished, and why."""
+    tables.read_run(run_dir)
     rows = tables.read_table(run_dir, "failures").to_pylist()
     table = Table(box=None, pad_edge=False)
     for name in ("stage", "row", "kind", "attempt", "message"):
@@ -148,6 +150,57 @@ def make_mini(
 
     make_all((folder or config.load("cpu-mini").models.root).expanduser(), report=out.print)
     return EXIT_OK
+
+
+@models_app.command("pull")
+def pull(
+    names: Annotated[list[str] | None, typer.Argument(help="Names from docs/models.md; the profile's if none.")] = None,
+    profile: str = "gpu",
+    file: File = None,
+    overrides: Set = [],  # noqa: B006
+    accept_licence: Annotated[
+        bool, typer.Option(help="You have read the non-commercial terms and may use them.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option(help="Show sizes, licences and checksums only.")] = False,
+) -> int:
+    """Fetch real models into models.root: shows sizes, licences and checksums first; goes on where it was cut."""
+    from ipvg_ray.models import fetch
+    from ipvg_ray.stages import make_stages
+
+    settings = config.load(profile, file=file, overrides=overrides)
+    root = settings.models.root.expanduser()
+    wanted = names or [
+        str(path.relative_to(root))
+        for stage in make_stages(settings)
+        for path in stage.models().values()
+        if path.is_relative_to(root)
+    ]
+    items = fetch.plan_pull(wanted, root)
+    out.print(fetch.describe(items), markup=False)
+    if not dry_run:
+        fetch.pull(items, root, accept_licence, report=lambda line: out.print(line, markup=False))
+    return EXIT_OK
+
+
+@models_app.command("check")
+def check(
+    profile: Profile = None,
+    file: File = None,
+    overrides: Set = [],  # noqa: B006
+    verify: Annotated[bool, typer.Option(help="Compute the checksums of pulled models too.")] = False,
+) -> int:
+    """Say which of the models that the configuration names are missing or damaged."""
+    from ipvg_ray.models import fetch
+    from ipvg_ray.stages import make_stages
+
+    settings = config.load(profile or config.default_profile(), file=file, overrides=overrides)
+    named = {f"{s.name}.{field}": path for s in make_stages(settings) for field, path in s.models().items()}
+    missing = fetch.check(named, verify=verify)
+    for flaw in missing:
+        out.print(str(flaw), markup=False)
+    if not missing:
+        out.print(f"all {len(named)} models of profile {settings.profile} are there")
+    return EXIT_ERROR if missing else EXIT_OK
 
 
 @dataset_app.command("demo")
@@ -266,10 +319,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _explain(error: Exception) -> int:
     """Errors that name their mend are printed as they are; anything else is ours, with its traceback."""
-    import click
-
-    if isinstance(error, click.ClickException):
-        error.show()
+    show = getattr(error, "show", None)
+    if show is not None and hasattr(error, "exit_code"):  # a usage error; typer brings its own click from 0.20 on
+        show()
         return EXIT_USAGE
     if not isinstance(error, UserError):
         raise error

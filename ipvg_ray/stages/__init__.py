@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ipvg_ray.errors import UserError
+
 if TYPE_CHECKING:
     from ipvg_ray.config import Config
     from ipvg_ray.pipeline.stage import Stage
+
+
+class UnknownStageError(UserError, ValueError):
+    """A name that is no stage."""
+
 
 NAMES = ("faces", "matting", "prompts", "first_frame", "video", "evaluate")
 
@@ -15,7 +22,7 @@ def make_stages(config: Config, until: str | None = None) -> list[Stage]:
     """The pipeline's stages in order, to `until` (the last one unless given). Loads no model.
 
     Raises:
-        ValueError: for a name that is no stage.
+        UnknownStageError: for a name that is no stage.
     """
     from ipvg_ray.stages.evaluate import EvaluateStage
     from ipvg_ray.stages.faces import FacesStage
@@ -25,7 +32,7 @@ def make_stages(config: Config, until: str | None = None) -> list[Stage]:
     from ipvg_ray.stages.video import VideoStage
 
     if until is not None and until not in NAMES:
-        raise ValueError(f"there is no stage {until!r}; there are {', '.join(NAMES)}")
+        raise UnknownStageError(f"there is no stage {until!r}; there are {', '.join(NAMES)}")
     classes = (FacesStage, MattingStage, PromptsStage, FirstFrameStage, VideoStage, EvaluateStage)
     wanted = classes if until is None else classes[: NAMES.index(until) + 1]
     return [stage(config) for stage in wanted]
