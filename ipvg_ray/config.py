@@ -57,6 +57,7 @@ class PoolConfig(Section):
     memory_gb: float = Field(0.0, ge=0)
     accelerator_type: str | None = None
     threads: int = Field(1, ge=1)
+    time_limit_s: float = Field(0.0, ge=0)
 
     @model_validator(mode="after")
     def _possible(self) -> PoolConfig:

@@ -47,18 +47,21 @@ def check_complete(run_dir: Path, failed: dict[str, set[str]] | None = None) -> 
         assert place.read_text() == row["answer"]
 
 
-def check_nothing_redone(run_dir: Path) -> int:
-    """No row was begun in a session after the one whose part file holds it; returns how many begins there were."""
+def check_nothing_redone(run_dir: Path, keys: dict[str, str] | None = None) -> int:
+    """No row was begun in a session after the one whose part file holds it; returns how many begins there were.
+
+    Args:
+        keys: key column of each stage; of `engine_driver`'s if not given.
+    """
     begins = 0
-    for stage in STAGES:
-        key = stage.table().key[0]
+    for stage, key in (keys or {stage.name: stage.table().key[0] for stage in STAGES}).items():
         finished_in = {
             k: part.name.split("-")[1] + "-" + part.name.split("-")[2]
-            for part in tables.parts(run_dir, stage.name)
+            for part in tables.parts(run_dir, stage)
             for k in pq.read_table(part, columns=[key])[key].to_pylist()
         }
         for session in sorted(p.name for p in (run_dir / "_engine").iterdir() if (p / "journal").is_dir()):
-            for file in (run_dir / "_engine" / session / "journal").glob(f"{stage.name}-*.jsonl"):
+            for file in (run_dir / "_engine" / session / "journal").glob(f"{stage}-*.jsonl"):
                 for line in file.read_text().splitlines():
                     if not line.endswith("}"):
                         continue  # cut off by the kill
@@ -66,5 +69,5 @@ def check_nothing_redone(run_dir: Path) -> int:
                     if event["event"] == "begin":
                         begins += len(event["keys"])
                         late = [k for k in event["keys"] if k in finished_in and finished_in[k] < session]
-                        assert not late, f"{stage.name} computed {late} again in {session}"
+                        assert not late, f"{stage} computed {late} again in {session}"
     return begins

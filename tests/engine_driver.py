@@ -1,7 +1,7 @@
 """A pipeline of three stages without models, run as a program so that tests can kill it: sum, double, end.
 
 usage: python engine_driver.py RUN --identities N --prompts M [--delay S] [--bad KEY=HOW ...] [--workers N] [--batch N]
-HOW: raise, row-error, exit (its process dies), setup-raise (KEY is a stage).
+HOW: raise, row-error, exit (its process dies), hang (needs --limit), setup-raise (KEY is a stage).
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class _Fake(Stage):
             time.sleep(self.config.delay * random.random() * 2)
             if how == "exit":
                 os._exit(1)
+            if how == "hang":
+                time.sleep(10**6)
             if how == "raise":
                 raise ValueError(f"bad input {key}")
             results.append(RowError("planted", "as asked") if how == "row-error" else self.one(row))
@@ -150,9 +152,10 @@ def request(
     delay: float = 0.0,
     bad: dict[str, str] | None = None,
     seed: int = 1,
+    limit: float = 0.0,
     **options: Any,
 ) -> engine.Request:
-    pool = PoolConfig(min_workers=1, max_workers=workers, batch_size=batch, cpus=0.1)
+    pool = PoolConfig(min_workers=1, max_workers=workers, batch_size=batch, cpus=0.1, time_limit_s=limit)
     section, last = FakeSection(pool=pool), FakeSection(pool=pool, add=add)
     config = FakeConfig(first=section, second=section, third=last, delay=delay, bad=bad or {})
     stages = [stage(config) for stage in STAGES]  # type: ignore[arg-type]
@@ -167,10 +170,13 @@ def main() -> int:
     parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=0.0)
     parser.add_argument("--bad", nargs="*", default=[])
     options = parser.parse_args()
     bad = dict(text.rsplit("=", 1) for text in options.bad)
-    asked = request(options.run, workers=options.workers, batch=options.batch, delay=options.delay, bad=bad)
+    asked = request(
+        options.run, workers=options.workers, batch=options.batch, delay=options.delay, bad=bad, limit=options.limit
+    )
     result = engine.run(asked, freeze_fake(options.identities, options.prompts))
     for name, counts in result.counts.items():
         print(name, counts)

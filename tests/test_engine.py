@@ -113,6 +113,17 @@ def test_failures_retries_and_worker_deaths(tmp_path: Path) -> None:
     assert tables.read_table(run_dir, "failures")["attempt"].to_pylist() == [2]
 
 
+def test_hung_rows_are_ended_and_set_aside_with_their_stack(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    asked = request(run_dir, batch=2, bad={"second:id00001/prompt0": "hang"}, limit=1.0)
+    result = engine.run(asked, freeze_fake(3, 2))
+    assert (result.outcome, result.failed, result.waiting) == ("complete", 1, 0)
+    check_complete(run_dir, {"second": {"id00001/prompt0"}})
+    failure = tables.read_table(run_dir, "failures").to_pylist()[0]
+    assert failure["kind"] == "timeout"
+    assert "in process" in failure["traceback"], "the stack shows where it hung"
+
+
 def test_a_stage_that_cannot_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(WorkerStartError, match="second cannot start: no such weights"):
         engine.run(request(tmp_path / "run", bad={"second": "setup-raise"}), freeze_fake(2, 1))

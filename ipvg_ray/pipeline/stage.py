@@ -59,6 +59,7 @@ class Resources:
         min_workers, max_workers: the pool's bounds.
         batch_size: rows handed to one `process` call at most.
         threads: what torch and ONNX may use in one worker.
+        time_limit_s: seconds one row may take before its worker is ended and the row tried again; 0 for no limit.
     """
 
     cpus: float = 1.0
@@ -69,6 +70,7 @@ class Resources:
     max_workers: int = 1
     batch_size: int = 1
     threads: int = 1
+    time_limit_s: float = 0.0
 
 
 class MediaWriter(Protocol):

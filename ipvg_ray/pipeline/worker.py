@@ -4,18 +4,21 @@ What holds for every batch, whatever dies in between:
 - a row's outcome is in a part file, of its stage or of the failures, before the row moves on;
 - a batch that comes again (its worker died, or Ray repeats a task) is read back as far as it was finished;
 - an exception fails the one row that raises it, as each row of the batch is then tried alone;
-- a row that took its worker process down `max_deaths` times is set aside as a failure.
+- a row that took its worker process down `max_deaths` times, or hung as often, is set aside as a failure.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -103,7 +106,7 @@ class Worker:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Run a batch of schema `step.arriving`; returns the finished rows as the next stage wants them."""
         keys: list[str] = batch[self.step.key].to_pylist()
-        added = self._checkpointed(batch, keys)
+        added = self._checkpointed(batch, keys) if keys else {}
         finished = [i for i, key in enumerate(keys) if key in added]
         passed = batch.take(pa.array(finished, pa.int64()))
         return self._leaving(passed, [added[keys[i]] for i in finished])
@@ -119,7 +122,7 @@ class Worker:
         deaths = self.store.begin_try(self.stage.name, digest)
         self.report(Event(self.stage.name, began=len(keys)))
         started = time.perf_counter()
-        outcome = self._outcome(batch, keys, deaths)
+        outcome = self._outcome(batch, keys, digest, deaths)
         seconds = time.perf_counter() - started
         if outcome is None:
             self.report(Event(self.stage.name, began=-len(keys)))
@@ -132,16 +135,15 @@ class Worker:
         self.store.end_try(self.stage.name, digest)
         return added
 
-    def _outcome(self, batch: pa.Table, keys: list[str], deaths: int) -> Outcome | None:
+    def _outcome(self, batch: pa.Table, keys: list[str], digest: str, deaths: int) -> Outcome | None:
         """Try the batch; None where its rows must be tried alone: it raised, or has killed a worker before."""
         rows = self._rows(batch, keys)
         if len(rows) > 1 and deaths:
             return None
         if deaths >= self.spec.max_deaths:
-            why = f"processing this row ended its worker process {deaths} times; it is set aside"
-            return Outcome(failures=[self._failure(rows[0], RowError("worker_died", why))])
+            return Outcome(failures=[self._set_aside(rows[0], digest, deaths)])
         try:
-            return self._judge(rows, self._process(rows))
+            return self._judge(rows, self._process(rows, digest))
         except Exception as error:  # a model may raise anything; the traceback is kept with the row
             return None if len(rows) > 1 else Outcome(failures=[self._failure(rows[0], error)])
 
@@ -154,12 +156,27 @@ class Worker:
         self._note("end", keys, done=done, failed=failed, seconds=round(seconds, 4))
         self.report(Event(self.stage.name, done=done, failed=failed, seconds=seconds))
 
-    def _process(self, rows: list[Row]) -> Sequence[Row | RowError]:
+    def _process(self, rows: list[Row], digest: str) -> Sequence[Row | RowError]:
         self._note("begin", [row[self.step.key] for row in rows])
-        results = self.stage.process(rows)
+        with time_limit(self._stack_file(digest), self.stage.resources().time_limit_s * len(rows)):
+            results = self.stage.process(rows)
         if len(results) != len(rows):
             raise TypeError(f"{self.stage.name}.process got {len(rows)} rows and gave {len(results)} back")
         return results
+
+    def _stack_file(self, digest: str) -> Path:
+        return self.store.session_dir / "journal" / f"{self.stage.name}-{digest}.stack"
+
+    def _set_aside(self, row: Row, digest: str, deaths: int) -> dict[str, Any]:
+        """The failure of a row that took its worker down too often, with where it hung if that is what it did."""
+        stack = self._stack_file(digest)
+        hung = stack.read_text(errors="replace") if stack.exists() else ""
+        if hung:
+            limit = f"{self.stage.name}.pool.time_limit_s"
+            why = f"the row took longer than {limit} {deaths} times; raise that if it may, else look at the traceback"
+            return self._failure(row, RowError("timeout", why)) | {"traceback": hung}
+        why = f"processing this row ended its worker process {deaths} times; it is set aside"
+        return self._failure(row, RowError("worker_died", why))
 
     def _judge(self, rows: list[Row], results: Sequence[Row | RowError]) -> Outcome:
         outcome = Outcome()
@@ -227,6 +244,24 @@ class Worker:
 
     def _note(self, event: str, keys: Iterable[str], **values: Any) -> None:
         self.journal.write(json.dumps({"t": time.time(), "event": event, "keys": list(keys), **values}) + "\n")
+
+
+@contextmanager
+def time_limit(stack: Path, seconds: float) -> Iterator[None]:
+    """End this process if the block takes longer than `seconds` (0: no limit), leaving its Python stacks in a file.
+
+    The watch is faulthandler's own C thread, so that it also ends code that hangs while it holds the interpreter.
+    """
+    if not seconds:
+        yield
+        return
+    with stack.open("w") as file:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=file)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+    stack.unlink()
 
 
 def explode(table: pa.Table, into: pa.Schema) -> pa.Table:
