@@ -125,6 +125,29 @@ def test_a_worker_that_died_is_counted_and_the_row_set_aside(tmp_path: Path) -> 
         assert [f["kind"] for f in tables.read_table(asked.run_dir, "failures").to_pylist()] == ["worker_died"]
 
 
+def test_a_death_between_failures_and_rows_writes_nothing_twice(tmp_path: Path) -> None:
+    asked = request(tmp_path / "run", bad={"first:id00001": "row-error"})
+    with engine.opened(asked, freeze_fake(3, 1)) as this:
+        files = write_tickets(this.store, this.steps, 0, this.found)
+        batch = next(iter(read_rows(files, 0, 3, 3)))
+        spec = WorkerSpec(this.steps[0], this.store, 1, this.prints["first"].digest)
+        worker = Worker(spec, "cpu")
+        publish = Store.publish_table
+
+        def dies(store: Store, name: str, *rest: Any) -> Path:
+            if name == "first":
+                raise Crash
+            return publish(store, name, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Store, "publish_table", dies)
+            with pytest.raises(Crash):
+                worker(batch)
+        assert Worker(spec, "cpu")(batch).num_rows == 2
+        assert tables.read_table(asked.run_dir, "failures")["identity_id"].to_pylist() == ["id00001"]
+        assert sorted(raw_keys(asked.run_dir, "first", "identity_id")) == ["id00000", "id00002"]
+
+
 def test_bad_results_fail_their_row_only(tmp_path: Path) -> None:
     asked = request(tmp_path / "run")
     with engine.opened(asked, freeze_fake(3, 1)) as this:

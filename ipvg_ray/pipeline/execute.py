@@ -89,8 +89,7 @@ def connect() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
     else:
-        memory = min(2 << 30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
-        ray.init(address="local", include_dashboard=False, object_store_memory=memory, **quiet)
+        ray.init(address="local", include_dashboard=False, **quiet)
 
 
 def check_resources(steps: Sequence[Step]) -> None:

@@ -120,19 +120,33 @@ class Worker:
         if part.exists():  # the same batch again: its outcome was written, only the answer got lost
             return {row[self.step.key]: row for row in pq.read_table(part, partitioning=None).to_pylist()}
         deaths = self.store.begin_try(self.stage.name, digest)
+        judged = self._failed_before(digest) if deaths else set()
+        if judged:  # a worker died between writing the batch's failures and its finished rows: only those are owed
+            rest = [i for i, key in enumerate(keys) if key not in judged]
+            added = self._checkpointed(batch.take(rest), [keys[i] for i in rest]) if rest else {}
+        else:
+            added = self._tried(batch, keys, digest, deaths)
+        self.store.end_try(self.stage.name, digest)
+        return added
+
+    def _failed_before(self, digest: str) -> set[str]:
+        part = self.store.part("failures", f"{self.stage.name}-{digest}")
+        if not part.exists():
+            return set()
+        return set(pq.read_table(part, columns=[self.step.key], partitioning=None)[self.step.key].to_pylist())
+
+    def _tried(self, batch: pa.Table, keys: list[str], digest: str, deaths: int) -> dict[str, Row]:
         self.report(Event(self.stage.name, began=len(keys)))
         started = time.perf_counter()
         outcome = self._outcome(batch, keys, digest, deaths)
         seconds = time.perf_counter() - started
-        if outcome is None:
-            self.report(Event(self.stage.name, began=-len(keys)))
-            added: dict[str, Row] = {}
-            for i, key in enumerate(keys):
-                added |= self._checkpointed(batch.slice(i, 1), [key])
-        else:
+        if outcome is not None:
             self._publish(batch, keys, digest, outcome, seconds)
-            added = outcome.added
-        self.store.end_try(self.stage.name, digest)
+            return outcome.added
+        self.report(Event(self.stage.name, began=-len(keys)))
+        added: dict[str, Row] = {}
+        for i, key in enumerate(keys):
+            added |= self._checkpointed(batch.slice(i, 1), [key])
         return added
 
     def _outcome(self, batch: pa.Table, keys: list[str], digest: str, deaths: int) -> Outcome | None:
