@@ -236,6 +236,15 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
 
+    @model_validator(mode="after")
+    def _one_face_pack(self) -> Config:
+        if self.models.path(self.faces.pack) != self.models.path(self.evaluate.pack):
+            raise ValueError(
+                f"evaluate.pack is {self.evaluate.pack!r} and faces.pack {self.faces.pack!r}; they must be the same: "
+                "the embeddings of the frames are compared with those of the reference"
+            )
+        return self
+
 
 def profiles() -> list[str]:
     """Names of the built-in profiles."""

@@ -43,9 +43,7 @@ def test_the_terminal_is_ours_while_others_print(tmp_path: Path) -> None:
         "print('after')\n"
     )
     log = tmp_path / "log"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(log)], capture_output=True, text=True, check=True, env=os.environ
-    )
+    done = subprocess.run([sys.executable, "-c", code, str(log)], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("after\n", "ours\n")
     assert set(log.read_text().splitlines()) == {"noise", "deep noise"}
 

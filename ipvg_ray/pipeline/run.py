@@ -104,9 +104,10 @@ def opened(request: Request, freeze: Freeze) -> Iterator[Opened]:
     """
     steps = make_steps(request.stages)
     require_models(request.stages)
-    handle = lock(request.run_dir)
+    run_dir = request.run_dir.resolve()  # workers may have another working directory
+    handle = lock(run_dir)
     try:
-        store = Store(request.run_dir, new_session())
+        store = Store(run_dir, new_session())
         store.begin()
         run = _read_or_freeze(store, request, freeze)
         prints = fp.fingerprints(request.stages, request.seed, run["dataset"]["digest"])

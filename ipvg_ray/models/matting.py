@@ -1,0 +1,213 @@
+"""The reference picture: a box and a mask from 106 landmarks, a person's matte from HRNet, the person on grey.
+
+Coordinates are pixels, x to the right, y down, (0, 0) the centre of the upper left pixel; landmarks stand in
+insightface's order of 106. The geometry is HyperLoRA's, which was trained on such pictures (arXiv 2503.16944); with
+`landmark_mask` it is what the released IPVG-STD code does, with `person_alpha` what its paper (arXiv 2507.04705, eq. 1)
+describes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+
+if TYPE_CHECKING:
+    from ipvg_ray.models.hrnet import HRNet
+
+GREY = 127
+"""What stands where the person does not, in all three channels."""
+
+_OUTLINE = (1, *range(9, 17), *range(2, 9), 0, *range(24, 17, -1), *range(32, 24, -1), 17)
+_BROWS = (101, 105, 104, 103, 102, 50, 51, 49, 48, 43)
+FACE_POLYGON = (*_OUTLINE, *_BROWS)
+"""The 43 landmarks around the face in drawing order: one cheek down to the chin, the other cheek up, then the brows."""
+
+_MASK_SIDE = 512
+_MASK_SIGMA = 15.0  # Pillow's "radius" of a Gaussian blur is its standard deviation
+
+
+class LandmarkError(ValueError):
+    """Landmarks from which no picture can be cut."""
+
+
+def landmark_box(landmarks: np.ndarray) -> tuple[float, float, float]:
+    """The square around a face that HyperLoRA's image encoder sees.
+
+    Its centre is the middle of the landmarks' bounding box moved up by 1/8 of the half edge; its half edge is 0.75
+    times the bounding box's longer edge.
+
+    Args:
+        landmarks: (106, 2).
+
+    Returns:
+        Centre x, centre y and half edge. The square may reach beyond the picture.
+
+    Raises:
+        LandmarkError: for another shape, or landmarks that are no numbers or all one point.
+    """
+    low, high = _extent(_checked(landmarks))
+    half = 0.75 * float((high - low).max())
+    x, y = (low + high) / 2
+    return float(x), float(y) - half / 8, half
+
+
+def face_polygon(landmarks: np.ndarray, scale: float = 1.0) -> np.ndarray:
+    """The 43 points of `FACE_POLYGON`, float64 (43, 2), scaled about their mean.
+
+    Args:
+        landmarks: (106, 2).
+        scale: 1.0 for the id picture, 1.4 for taking the face out of HyperLoRA's base picture.
+
+    Raises:
+        LandmarkError: as `landmark_box`.
+    """
+    points = _checked(landmarks)[list(FACE_POLYGON)]
+    centre = points.mean(axis=0)
+    return centre + scale * (points - centre)
+
+
+def landmark_mask(shape: Sequence[int], landmarks: np.ndarray, scale: float = 1.0) -> np.ndarray:
+    """The face polygon as a soft mask, float32 (H, W), 0 outside to 1 inside.
+
+    Drawn and blurred at 512x512 in a square around the polygon's mean with a half edge of 0.8 times the polygon's
+    longer edge, so the softness grows with the face; then brought to the picture's scale and pasted in.
+
+    Args:
+        shape: of the picture; H and W are its first two numbers.
+        landmarks: (106, 2).
+        scale: of the polygon, as in `face_polygon`.
+
+    Raises:
+        LandmarkError: as `landmark_box`.
+    """
+    polygon = face_polygon(landmarks, scale)
+    low, high = _extent(polygon)
+    cx, cy = polygon.mean(axis=0)
+    left, top, side = _square(cx, cy, 0.8 * float((high - low).max()))
+    # Pixel centres: the first of `side` pixels covers the first 512/side pixels of the drawing.
+    points = (polygon - (left, top) + 0.5) * (_MASK_SIDE / side) - 0.5
+    mask: np.ndarray = np.zeros((_MASK_SIDE, _MASK_SIDE), np.float32)
+    bits = 4  # of the fraction, in fillPoly's fixed-point numbers
+    cv2.fillPoly(mask, [np.round(points * (1 << bits)).astype(np.int32)], (1.0,), shift=bits)
+    mask = cv2.GaussianBlur(mask, (0, 0), _MASK_SIGMA, borderType=cv2.BORDER_CONSTANT)
+    mask = cv2.resize(mask, (side, side), interpolation=cv2.INTER_LINEAR)
+    return _paste(np.clip(mask, 0, 1), shape, left, top)
+
+
+def crop_square(image: np.ndarray, cx: float, cy: float, half: float, fill: float = GREY) -> np.ndarray:
+    """The square of round(2 · half) pixels, from round(cx - half), round(cy - half) on; `fill` outside the picture.
+
+    Args:
+        image: (H, W) or (H, W, C), any dtype.
+
+    Raises:
+        LandmarkError: for a centre or half edge that is no number, or a half edge not above 0 and below 16,384 px.
+    """
+    left, top, side = _square(cx, cy, half)
+    square = np.full((side, side, *image.shape[2:]), fill, dtype=image.dtype)
+    inside, there = _overlap(image.shape, left, top, side)
+    square[there] = image[inside]
+    return square
+
+
+def id_picture(rgb: np.ndarray, alpha: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
+    """The person on grey 127, cropped to `landmark_box`: uint8 RGB, (S, S, 3).
+
+    Args:
+        rgb: uint8 (H, W, 3).
+        alpha: (H, W), 0 background to 1 person.
+        landmarks: (106, 2).
+
+    Raises:
+        LandmarkError: as `landmark_box`.
+        ValueError: where the picture and the matte are not of one size.
+    """
+    if rgb.shape[:2] != alpha.shape:
+        raise ValueError(
+            f"the picture is {rgb.shape[:2]} and its matte {alpha.shape} (height, width); they must be equal"
+        )
+    box = landmark_box(landmarks)
+    person = crop_square(rgb, *box).astype(np.float32)
+    share = crop_square(alpha.astype(np.float32), *box, fill=0)[..., None]
+    return np.round(person * share + GREY * (1 - share)).astype(np.uint8)
+
+
+def person_alpha(model: HRNet, rgb: np.ndarray, face_box: Sequence[float], input_size: int = 473) -> np.ndarray:
+    """The matte of the person to whom the face belongs, float32 (H, W), 0 to 1.
+
+    Args:
+        model: on its device, with a head of which `hrnet.PERSON_CLASSES` knows.
+        rgb: uint8 (H, W, 3).
+        face_box: x0, y0, x1, y1 of the face.
+        input_size: edge of the square that the picture is squeezed into for the network; 473 for LIP.
+
+    Raises:
+        ValueError: for a head of another number of classes.
+    """
+    from ipvg_ray.models import hrnet
+
+    return keep_person(hrnet.person_probability(model, rgb, input_size), face_box)
+
+
+def keep_person(alpha: np.ndarray, face_box: Sequence[float]) -> np.ndarray:
+    """Drop other people: zero where the nearest region above 0.5 is not the one that holds most of the face.
+
+    The soft rim of the kept region stays soft. Where no region overlaps the face box nothing is dropped.
+
+    Args:
+        alpha: float32 (H, W), 0 to 1.
+        face_box: x0, y0, x1, y1; may reach beyond the picture.
+    """
+    solid = alpha > 0.5
+    x0, y0 = (max(0, math.floor(v)) for v in face_box[:2])
+    x1, y1 = (max(0, math.ceil(v)) for v in face_box[2:])
+    face = solid[y0:y1, x0:x1]
+    if not face.any():
+        return alpha
+    _, nearest = cv2.distanceTransformWithLabels(
+        (~solid).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_CCOMP
+    )
+    kept = np.bincount(nearest[y0:y1, x0:x1][face]).argmax()
+    return np.where(nearest == kept, alpha, np.float32(0))
+
+
+def _checked(landmarks: np.ndarray) -> np.ndarray:
+    points = np.asarray(landmarks, dtype=np.float64)
+    if points.shape != (106, 2):
+        raise LandmarkError(f"landmarks have shape {points.shape}; 106 points as (106, 2) are needed")
+    if not np.isfinite(points).all() or not np.ptp(points, axis=0).any():
+        raise LandmarkError("landmarks hold values that are no numbers, or are all one point; detect the face again")
+    return points
+
+
+def _extent(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return points.min(axis=0), points.max(axis=0)
+
+
+def _square(cx: float, cy: float, half: float) -> tuple[int, int, int]:
+    """Left, top and edge in whole pixels; halves are rounded up, not to even, so that a shift keeps the crop."""
+    if not all(map(math.isfinite, (cx, cy, half))) or not 0 < half < 16384:
+        raise LandmarkError(
+            f"no square around ({cx}, {cy}) with half edge {half}; it must be above 0 and below 16384 pixels"
+        )
+    left, top, side = (math.floor(v + 0.5) for v in (cx - half, cy - half, 2 * half))
+    return left, top, max(1, side)
+
+
+def _overlap(shape: Sequence[int], left: int, top: int, side: int) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """The part of a square that lies in a picture: its slices in the picture, and in the square."""
+    height, width = shape[:2]
+    y0, y1 = (min(max(v, 0), height) for v in (top, top + side))
+    x0, x1 = (min(max(v, 0), width) for v in (left, left + side))
+    return (slice(y0, y1), slice(x0, x1)), (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
+
+
+def _paste(square: np.ndarray, shape: Sequence[int], left: int, top: int) -> np.ndarray:
+    picture = np.zeros(tuple(shape[:2]), dtype=square.dtype)
+    inside, there = _overlap(shape, left, top, square.shape[0])
+    picture[inside] = square[there]
+    return picture
