@@ -243,17 +243,18 @@ def _freezer(settings: config.Config) -> Callable[[Path], dict[str, Any]]:
 
     def write(folder: Path) -> dict[str, Any]:
         found = freeze(settings.dataset, folder)
-        problems = sum(found.problems.values())
-        out.print(f"identity set: {found.identities} identities, {found.samples} samples, {problems} problems")
-        for problem in found.first_problems:
+        out.print(f"identity set: {found.identities} identities, {found.samples} samples, {found.problems} problems")
+        for problem in found.first:
             place = problem.where or problem.sample_id or problem.identity_id
             out.print(f"  [yellow]{problem.kind}[/yellow] {escape(place)}: {escape(problem.message)}")
+        if found.problems > len(found.first):
+            out.print(f"  … and {found.problems - len(found.first)} more; all are in failures/")
         return {
             "path": settings.dataset.path,
             "format": settings.dataset.format,
             "identities": found.identities,
             "samples": found.samples,
-            "problems": problems,
+            "problems": found.problems,
         }
 
     return write

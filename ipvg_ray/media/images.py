@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.fs as pafs
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000
 
@@ -74,6 +74,10 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             return np.asarray(_to_rgb(upright))
     except ImageError:
         raise
+    except Image.DecompressionBombError as error:  # Pillow's own bound, which it checks before we can read the size
+        raise ImageError("image_too_large", f"more pixels than {max_pixels}; shrink the picture") from error
+    except UnidentifiedImageError as error:
+        raise ImageError("broken_image", "this is no picture, or of a kind that Pillow does not know") from error
     except Exception as error:  # Pillow raises many kinds, SyntaxError and struct.error among them
         raise ImageError("broken_image", f"cannot decode the picture: {error}") from error
 

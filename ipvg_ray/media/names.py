@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 
 MAX_BYTES = 150
 """Longest name in UTF-8 bytes; file systems allow 255, and a suffix and a temporary ending must fit behind it."""
-_PLAIN = frozenset("_-.=")
 _DIGEST_CHARS = 32
 _MARK = "%~"
 """Stands between a cut name and its hash. No encoded text holds it: `%` is always followed by two hex digits."""
@@ -19,12 +19,13 @@ def safe_name(text: str) -> str:
     `%` and two upper-case hex digits per UTF-8 byte. A name above 150 bytes is cut and ends in a hash of the whole text
     (BLAKE2b, 128 bits). The empty text is `%~`.
 
-    The result is never empty, `.` or `..`, and holds no separator, space, control character or leading dot. Names are
-    told apart by case and by Unicode normal form, as the texts are.
+    The result is never empty, `.` or `..`, and holds no separator, space, control character or leading dot. It is in
+    Unicode's form NFC, so a file system that normalises names keeps them apart; one that ignores case does not.
     """
     if not text:
         return _MARK
-    pieces = [_encoded(c, first=i == 0) for i, c in enumerate(text)]
+    ascii_only = unicodedata.normalize("NFC", text) != text
+    pieces = [c if _is_plain(c, ascii_only) and (i or c != ".") else _encoded(c) for i, c in enumerate(text)]
     name = "".join(pieces)
     if len(name.encode()) <= MAX_BYTES:
         return name
@@ -32,9 +33,14 @@ def safe_name(text: str) -> str:
     return _head(pieces, MAX_BYTES - len(_MARK) - _DIGEST_CHARS) + _MARK + digest
 
 
-def _encoded(character: str, first: bool) -> str:
-    plain = character.isalpha() or character.isdecimal() or (character in _PLAIN and not (first and character == "."))
-    return character if plain else "".join(f"%{byte:02X}" for byte in _utf8(character))
+def _is_plain(character: str, ascii_only: bool) -> bool:
+    if ascii_only and not character.isascii():
+        return False
+    return character.isalpha() or character.isdecimal() or character in "_-.="
+
+
+def _encoded(character: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in _utf8(character))
 
 
 def _head(pieces: list[str], limit: int) -> str:

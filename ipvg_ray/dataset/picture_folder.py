@@ -1,0 +1,105 @@
+"""Pictures by identity in a folder: `<id>.png`, or `<id>/image.png`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ipvg_ray.dataset.places import Place
+from ipvg_ray.dataset.problems import DatasetError, Problem, Problems
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+"""Endings of pictures, in the order in which they are preferred."""
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name ends as a picture's."""
+    return name.lower().endswith(SUFFIXES)
+
+
+class PictureFolder:
+    """What a folder holds, as Arrow arrays: ids are only ever compared with names that stand in its listing.
+
+    Of several pictures with one stem the first by name is used, the others are reported as `duplicate_identity`.
+
+    Raises:
+        DatasetError: where the folder cannot be listed.
+    """
+
+    def __init__(self, folder: Place, problems: Problems) -> None:
+        self.folder = folder
+        files, folders = folder.names()
+        pictures = [name for name in files if is_picture(name)]
+        stems = [name.rpartition(".")[0] for name in pictures]
+        seen: set[str] = set()
+        kept = []
+        for stem, name in zip(stems, pictures, strict=True):
+            if stem in seen:
+                message = "a second picture of this identity, the first is used; keep one of them, or rename one"
+                problems.add(Problem("duplicate_identity", message, folder.child(name).uri, stem))
+            else:
+                seen.add(stem)
+                kept.append(name)
+        self._names = _texts(kept)
+        self._stems = _texts([name.rpartition(".")[0] for name in kept])
+        self._folders = _texts(folders)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def pictures(self, limit: int | None = None) -> Iterator[tuple[str, str]]:
+        """(stem, URI) of every picture, by name."""
+        for stem, name in islice(zip(self._stems, self._names, strict=True), limit):
+            yield stem.as_py(), self.folder.child(name.as_py()).uri
+
+    def others(self, ids: pa.Array) -> Iterator[tuple[str, str]]:
+        """As `pictures`, without those whose stem is among `ids`."""
+        rest = pc.invert(pc.is_in(self._stems, value_set=ids))
+        for stem, name in zip(self._stems.filter(rest), self._names.filter(rest), strict=True):
+            yield stem.as_py(), self.folder.child(name.as_py()).uri
+
+    def find(self, ids: list[str]) -> list[str | None]:
+        """URI of each identity's picture, None where there is none."""
+        wanted = pa.array([_storable(i) for i in ids], pa.large_string())
+        by_stem = pc.index_in(wanted, value_set=self._stems).to_pylist()
+        in_folder = pc.is_in(wanted, value_set=self._folders).to_pylist()
+        found: list[str | None] = []
+        for identity_id, at, inside in zip(ids, by_stem, in_folder, strict=True):
+            picture = self._inside(identity_id) if inside else None
+            if picture is None and at is not None:
+                picture = self.folder.child(self._names[at].as_py()).uri
+            found.append(picture)
+        return found
+
+    def missing(self, identity_id: str) -> str:
+        """Where an identity's picture was looked for."""
+        endings = ", ".join(SUFFIXES)
+        return f"no picture: looked for {identity_id}/image.* and {identity_id}.* ({endings}) in {self.folder.uri}"
+
+    def _inside(self, identity_id: str) -> str | None:
+        folder = self.folder.child(identity_id)
+        try:
+            files, _ = folder.names()
+        except DatasetError:
+            return None  # named as missing_image by the caller
+        for suffix in SUFFIXES:
+            for name in files:
+                if name.lower() == f"image{suffix}":
+                    return folder.child(name).uri
+        return None
+
+
+def _storable(text: str) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return None
+    return text
+
+
+def _texts(names: list[str]) -> pa.Array:
+    """Names that UTF-8 can hold; no id equals any other."""
+    return pa.array([name for name in names if _storable(name) is not None], pa.large_string())
