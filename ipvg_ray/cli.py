@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -94,6 +95,35 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Run directory.")]) -> i
 
     tables.read_run(run_dir)
     out.print(f"report: {write_report(run_dir)}")
+    return EXIT_OK
+
+
+@app.command()
+def status(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+) -> int:
+    """Say how a run stands, live or dead, from its files alone."""
+    from ipvg_ray.pipeline.progress import duration
+    from ipvg_ray.pipeline.status import status as read
+    from ipvg_ray.stages import make_stages
+
+    found = read(run_dir, make_stages(config.from_tree(tables.read_run(run_dir)["config"])))
+    if as_json:
+        print(json.dumps(found.as_json()))
+        return EXIT_OK
+    out.print(f"in use by {found.running}" if found.running else f"not running; last start: {found.outcome}")
+    table = Table(box=None, pad_edge=False)
+    for name in ("stage", "done", "failed", "failed before", "to do", "rows/s", "time left"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for name, stage in found.stages.items():
+        counts = stage.counts
+        left = duration(stage.seconds_left) if stage.seconds_left else ""
+        numbers = (f"{counts.done} / {counts.total}", counts.failed, counts.lost, counts.waiting)
+        table.add_row(name, *map(str, numbers), f"{stage.rate:.2f}" if stage.rate else "", left)
+    out.print(table)
+    if found.problems:
+        out.print(f"{found.problems} problems in the identity set")
     return EXIT_OK
 
 

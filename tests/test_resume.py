@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from ipvg_ray import tables
 from ipvg_ray.pipeline import run as engine
 from ipvg_ray.pipeline.plan import PlanError, make_steps
+from ipvg_ray.pipeline.status import status
 from ipvg_ray.pipeline.store import RunLockedError, Store, batch_digest, lock, new_session, row_seed
 from ipvg_ray.pipeline.survey import InconsistentRunError
 from ipvg_ray.pipeline.tickets import read_rows, write_tickets
@@ -201,6 +203,18 @@ def test_rows_and_counts_of_the_survey(tmp_path: Path) -> None:
     assert np.array_equal(after.found.first, [0, 3, 6, 9, 12])
     assert len(raw_keys(run_dir, "third", "sample_id")) == 9
     assert this.found.counts["first"].waiting == 4
+
+
+def test_status_reads_a_run_without_touching_it(tmp_path: Path) -> None:
+    asked = request(tmp_path / "run", bad={"first:id00001": "raise"})
+    drive(asked, identities=4, prompts=3)
+    files = {p: p.stat().st_mtime_ns for p in asked.run_dir.rglob("*")}
+    found = status(asked.run_dir, asked.stages)
+    assert {p: p.stat().st_mtime_ns for p in asked.run_dir.rglob("*")} == files
+    assert found.running is None
+    assert (found.stages["third"].counts.done, found.stages["third"].counts.lost) == (9, 3)
+    with lock(asked.run_dir):
+        assert str(os.getpid()) in str(status(asked.run_dir, asked.stages).running)
 
 
 def test_seeds_differ_by_run_row_and_stage() -> None:

@@ -186,17 +186,32 @@ def lock(run_dir: Path) -> IO[bytes]:
     """
     (run_dir / ENGINE).mkdir(parents=True, exist_ok=True)
     handle = (run_dir / ENGINE / "lock").open("a+b")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.seek(0)
-        holder = handle.read().decode(errors="replace").strip()
+    for patience in (0.2, 0.2, 0.2, 0.0):  # `holder` takes the lock for an instant to see whether it is free
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            time.sleep(patience)
+    else:
         handle.close()
-        raise RunLockedError(f"{run_dir} is in use by {holder or 'another process'}; wait for it or stop it") from None
+        raise RunLockedError(f"{run_dir} is in use by {holder(run_dir)}; wait for it or stop it")
     handle.truncate(0)
     handle.write(f"process {os.getpid()} on {os.uname().nodename}".encode())
     handle.flush()
     return handle
+
+
+def holder(run_dir: Path) -> str | None:
+    """Who is at work in a run directory, or None."""
+    path = run_dir / ENGINE / "lock"
+    if not path.is_file():
+        return None
+    with path.open("rb") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return handle.read().decode(errors="replace").strip() or "another process"
+    return None
 
 
 def remove_table(run_dir: Path, name: str) -> None:
