@@ -291,25 +291,23 @@ def _freezer(settings: config.Config) -> Callable[[Path], dict[str, Any]]:
 
 
 def _print_plan(settings: config.Config, this: Any) -> None:
-    table = Table(
-        box=None, pad_edge=False, title=f"profile {settings.profile}, seed {settings.seed}", title_justify="left"
-    )
-    for name in ("stage", "per", "workers", "batch", "each asks for", "done", "failed", "to do", "models"):
-        table.add_column(name)
+    table = Table(box=None, pad_edge=False)
+    for name in ("stage", "per", "workers", "batch", "each asks for", "done", "failed", "to do"):
+        table.add_column(name, no_wrap=True)
     for step in this.steps:
         asks, counts = step.stage.resources(), this.found.counts[step.name]
         wants = f"{asks.cpus:g} CPU" + (f", {asks.gpus:g} GPU" if asks.gpus else "")
         wants += f" {asks.accelerator_type}" if asks.accelerator_type else ""
         wants += f", {asks.memory_gb:g} GiB" if asks.memory_gb else ""
-        workers = (
-            f"{asks.min_workers}-{asks.max_workers}" if asks.max_workers > asks.min_workers else str(asks.min_workers)
-        )
-        models = ", ".join(path.name for path in step.stage.models().values())
-        table.add_row(
-            step.name, step.stage.grain, workers, str(asks.batch_size), wants,
-            str(counts.done), str(counts.failed), str(counts.waiting), models,
-        )  # fmt: skip
+        workers = str(asks.min_workers) + (f"-{asks.max_workers}" if asks.max_workers > asks.min_workers else "")
+        numbers = (counts.done, counts.failed, counts.waiting)
+        table.add_row(step.name, step.stage.grain, workers, str(asks.batch_size), wants, *map(str, numbers))
+    out.print(f"profile {settings.profile}, seed {settings.seed}, run directory {this.store.run_dir}\n")
     out.print(table)
+    out.print("\nmodels")
+    for step in this.steps:
+        for field, path in step.stage.models().items():
+            out.print(f"  {step.name}.{field}: {path}", markup=False)
 
 
 def _conclude(run_dir: Path, result: Any) -> int:

@@ -15,6 +15,7 @@ its driver can succeed, so nothing can be added behind the new session's back.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -85,9 +86,12 @@ class Store:
             (self.session_dir / folder).mkdir(parents=True, exist_ok=True)
 
     def end(self) -> None:
-        """Close this session's folders that serve only while it lasts; the journal stays."""
+        """Close this session's folders that serve only while it lasts; the journal stays, if it tells anything."""
         for folder in ("tmp", "tries", "tickets"):
             shutil.rmtree(self.session_dir / folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty
+            (self.session_dir / "journal").rmdir()
+            self.session_dir.rmdir()
 
     # -- files ---------------------------------------------------------------------------------------------------
 
