@@ -153,9 +153,10 @@ def request(
     bad: dict[str, str] | None = None,
     seed: int = 1,
     limit: float = 0.0,
+    cpus: float = 0.1,
     **options: Any,
 ) -> engine.Request:
-    pool = PoolConfig(min_workers=1, max_workers=workers, batch_size=batch, cpus=0.1, time_limit_s=limit)
+    pool = PoolConfig(min_workers=1, max_workers=workers, batch_size=batch, cpus=cpus, time_limit_s=limit)
     section, last = FakeSection(pool=pool), FakeSection(pool=pool, add=add)
     config = FakeConfig(first=section, second=section, third=last, delay=delay, bad=bad or {})
     stages = [stage(config) for stage in STAGES]  # type: ignore[arg-type]

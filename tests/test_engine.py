@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from engine_driver import STAGES, Third, freeze_fake, request
 
 from ipvg_ray import tables
 from ipvg_ray.pipeline import run as engine
+from ipvg_ray.pipeline.execute import ResourceError
 from ipvg_ray.pipeline.worker import WorkerStartError
 
 pytestmark = pytest.mark.slow
+CORES = os.cpu_count() or 1
 
 
 def refuse_to_freeze(out: Path) -> dict[str, object]:
@@ -111,6 +114,18 @@ def test_failures_retries_and_worker_deaths(tmp_path: Path) -> None:
     check_complete(run_dir, {"third": {"id00002/prompt0"}})
     check_nothing_redone(run_dir)
     assert tables.read_table(run_dir, "failures")["attempt"].to_pylist() == [2]
+
+
+def test_a_machine_too_small_for_all_stages_runs_them_in_turn(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    result = engine.run(request(run_dir, cpus=CORES / 2), freeze_fake(4, 2))
+    assert (result.outcome, result.failed, result.waiting) == ("complete", 0, 0)
+    check_complete(run_dir)
+
+
+def test_a_stage_that_fits_nowhere_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"first asks for 99.5 CPUs, and there are"):
+        engine.run(request(tmp_path / "run", cpus=99.0), freeze_fake(1, 1))
 
 
 def test_hung_rows_are_ended_and_set_aside_with_their_stack(tmp_path: Path) -> None:

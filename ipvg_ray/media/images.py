@@ -33,9 +33,7 @@ def read_uri(uri: str) -> bytes:
         ImageError: `missing_image`, where nothing can be read there.
     """
     try:
-        filesystem, path = (
-            pafs.FileSystem.from_uri(uri) if "://" in uri else (pafs.LocalFileSystem(), uri)
-        )
+        filesystem, path = pafs.FileSystem.from_uri(uri) if "://" in uri else (pafs.LocalFileSystem(), uri)
         with filesystem.open_input_stream(path) as stream:
             return bytes(stream.read())
     except (OSError, ValueError) as error:
@@ -54,7 +52,10 @@ def image_bytes(picture: Mapping[str, Any], sha256: str | None = None) -> bytes:
             raise ImageError("missing_image", "the picture has neither bytes nor a path")
         data = read_uri(str(picture["path"]))
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
-        raise ImageError("image_changed", f"{picture.get('path')} is not the file it was when the run started; start a new run or --fork")
+        raise ImageError(
+            "image_changed",
+            f"{picture.get('path')} is not the file it was when the run started; start a new run or --fork",
+        )
     return bytes(data)
 
 
@@ -68,7 +69,9 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise ImageError("image_too_large", f"{width}×{height} is above {max_pixels} pixels; shrink the picture")
+                raise ImageError(
+                    "image_too_large", f"{width}×{height} is above {max_pixels} pixels; shrink the picture"
+                )
             image.load()
             upright = ImageOps.exif_transpose(image)
             return np.asarray(_to_rgb(upright))

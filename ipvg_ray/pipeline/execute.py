@@ -30,7 +30,7 @@ _POLL_SECONDS = 0.5
 
 
 class ResourceError(UserError):
-    """The machine cannot hold the plan's smallest pools at once."""
+    """The machine cannot hold a stage's smallest pool."""
 
 
 @ray.remote(num_cpus=0)
@@ -92,28 +92,37 @@ def connect() -> None:
         ray.init(address="local", include_dashboard=False, **quiet)
 
 
-def check_resources(steps: Sequence[Step]) -> None:
-    """Refuse a plan whose smallest pools and one reader do not fit the cluster: Ray Data would wait for ever.
+def phases(steps: Sequence[Step]) -> list[list[Step]]:
+    """The steps in groups whose smallest pools fit this machine together, each to be one streaming execution.
 
-    On an autoscaling cluster the nodes that are yet to come are unknown, so nothing is refused there.
+    Where all fit, that is one group. Ray Data would wait for ever on pools that do not: so a machine with one GPU runs
+    stage after stage through the checkpoints. On a cluster that others started the nodes yet to come are unknown, and
+    all stages run at once.
 
     Raises:
-        ResourceError: names what is asked, what is there, and what to change.
+        ResourceError: where a stage does not even fit alone; names what it asks for and what is there.
     """
     if os.environ.get("RAY_ADDRESS"):
-        return
+        return [list(steps)]
     there = ray.cluster_resources()
-    asked = [(step.name, step.stage.resources()) for step in steps]
-    cpus = sum(r.cpus * r.min_workers for _, r in asked) + READ_CPUS
-    gpus = sum(r.gpus * r.min_workers for _, r in asked)
-    for kind, need, unit in (("CPU", cpus, "cpus"), ("GPU", gpus, "gpus")):
-        have = there.get(kind, 0)
-        if need > have + 1e-6:
-            shares = ", ".join(f"{name} {getattr(r, unit) * r.min_workers:g}" for name, r in asked)
-            raise ResourceError(
-                f"the smallest pools ask for {need:g} {kind}s together ({shares}) and this machine has {have:g}; "
-                f"lower pool.{unit} or run fewer stages at once with --until"
-            )
+    groups: list[list[Step]] = [[]]
+    for step in steps:
+        if lacking := _lacking([step], there):
+            raise ResourceError(f"{step.name} asks for {lacking}; lower {step.name}.pool, or use a larger machine")
+        if _lacking([*groups[-1], step], there):
+            groups.append([])
+        groups[-1].append(step)
+    return groups
+
+
+def _lacking(steps: Sequence[Step], there: dict[str, float]) -> str:
+    """What the smallest pools of these steps, and one reader, want beyond what is there; empty where they fit."""
+    pools = [step.stage.resources() for step in steps]
+    wanted = {"CPU": READ_CPUS + sum(p.cpus * p.min_workers for p in pools)}
+    wanted["GPU"] = sum(p.gpus * p.min_workers for p in pools)
+    short = [f"{need:g} {kind}s, and there are {there.get(kind, 0):g}" for kind, need in wanted.items()
+             if need > there.get(kind, 0) + 1e-6]  # fmt: skip
+    return " and ".join(short)
 
 
 def execute(

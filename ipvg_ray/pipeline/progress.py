@@ -114,7 +114,7 @@ class Progress:
                 str(stage.running or "·"),
                 str(stage.waiting or "·"),
                 f"[red]{stage.all_failed}[/red]" if stage.all_failed else "·",
-                f"{rate:.2f}" if rate else "·",
+                f"{rate:.2f}" if rate and left else "·",
                 duration(left / rate) if rate and left else "·",
             )
         return table
@@ -134,7 +134,14 @@ class Display:
     def __init__(self, progress: Progress, stream: TextIO) -> None:
         self.progress = progress
         self.console = Console(file=stream)
-        self.live = Live(console=self.console, get_renderable=progress.table, refresh_per_second=4)
+        # What others print is on its way to the log by `own_terminal`; rich must not fetch it back.
+        self.live = Live(
+            console=self.console,
+            get_renderable=progress.table,
+            refresh_per_second=4,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
         self.next_line = time.monotonic() + LOG_EVERY
         self.last = ""
 

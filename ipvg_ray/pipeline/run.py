@@ -92,6 +92,17 @@ class Opened:
     run: dict[str, Any]
     found: Survey
 
+    def survey(self) -> Survey:
+        """What is done by now."""
+        return survey(self.store, self.steps, {name: p.digest for name, p in self.prints.items()})
+
+    def specs(self, request: Request) -> dict[str, WorkerSpec]:
+        """How each stage's workers are made."""
+        return {
+            step.name: WorkerSpec(step, self.store, request.seed, self.prints[step.name].digest, request.max_deaths)
+            for step in self.steps
+        }
+
 
 @contextmanager
 def opened(request: Request, freeze: Freeze) -> Iterator[Opened]:
@@ -166,8 +177,7 @@ def run(request: Request, freeze: Freeze) -> Result:
             session |= {"ended": _now(), "seconds": round(result.seconds, 1), "outcome": result.outcome}
             session["stages"] = result.stages
             this.store.write_run(this.run)
-        after = survey(this.store, this.steps, {name: p.digest for name, p in this.prints.items()})
-        result.counts = after.counts
+        result.counts = this.survey().counts
         return result
 
 
@@ -175,23 +185,25 @@ def _execute(execute: Any, this: Opened, request: Request, seen: shown.Progress,
     try:
         execute.connect()
         with _signals():  # again: ray.init puts its own handlers in place
-            execute.check_resources(this.steps)
-            tickets = {
-                step.name: write_tickets(this.store, this.steps, i, this.found)
-                for i, step in enumerate(this.steps)
-                if len(this.found.entry[step.name])
-            }
-            specs = {
-                step.name: WorkerSpec(step, this.store, request.seed, this.prints[step.name].digest, request.max_deaths)
-                for step in this.steps
-            }
+            groups = execute.phases(this.steps)
+            if len(groups) > 1:
+                order = " | ".join(", ".join(step.name for step in group) for group in groups)
+                print(f"this machine cannot hold all stages at once; one group after another: {order}", file=terminal)
             with shown.Display(seen, terminal) as display:
 
                 def on_events(events: Sequence[Any]) -> None:
                     seen.add(events)
                     display.tick()
 
-                execute.execute(this.steps, specs, tickets, on_events)
+                for number, group in enumerate(groups):
+                    names = {step.name for step in group}
+                    found = this.found if number == 0 else this.survey()
+                    tickets = {
+                        step.name: write_tickets(this.store, this.steps, i, found)
+                        for i, step in enumerate(this.steps)
+                        if step.name in names and len(found.entry[step.name])
+                    }
+                    execute.execute(group, this.specs(request), tickets, on_events)
     finally:
         execute.shutdown()
 
