@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+# Miniature networks are slower on several threads than on one, and much slower beside other tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 
 

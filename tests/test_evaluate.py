@@ -43,7 +43,9 @@ def stage(monkeypatch, tmp_path) -> EvaluateStage:
     module = types.ModuleType("ipvg_ray.models.faces")
     module.FaceAnalyser = FakeAnalyser
     monkeypatch.setitem(sys.modules, "ipvg_ray.models.faces", module)
-    stage = EvaluateStage(config.load("cpu-mini", values={"video": SIZE, "models": {"root": str(tmp_path)}}))
+    stage = EvaluateStage(
+        config.load("cpu-mini", values={"video": SIZE, "evaluate": {"frames": 16}, "models": {"root": str(tmp_path)}})
+    )
     stage.setup(StageContext("cpu", 3, None, f"{tmp_path}/"))  # type: ignore[arg-type]
     return stage
 

@@ -324,7 +324,8 @@ def test_missing_packs_say_what_mends_them(packs: Path, tmp_path: Path) -> None:
 
 def test_nothing_is_printed(packs: Path) -> None:
     program = (
-        "import numpy as np, skimage.data, sys\nfrom pathlib import Path\nfrom ipvg_ray.models.faces import FaceAnalyser\n"
+        "import numpy as np, skimage.data, sys\nfrom pathlib import Path\n"
+        "from ipvg_ray.models.faces import FaceAnalyser\n"
         "a = FaceAnalyser(Path(sys.argv[1]), det_sizes=(512,)); assert a.faces(np.asarray(skimage.data.astronaut()))"
     )
     done = subprocess.run(

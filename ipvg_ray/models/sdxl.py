@@ -162,7 +162,7 @@ class Sdxl:
             "encoder_hidden_states": torch.cat(rows),
             "added_cond_kwargs": {
                 "text_embeds": torch.cat([text.pooled for text in texts]),
-                "time_ids": time_ids.to(self.unet.device, self.unet.dtype),
+                "time_ids": time_ids.to(self.unet.device),
             },
         }
 

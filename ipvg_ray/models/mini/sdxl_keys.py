@@ -64,14 +64,14 @@ def single_file(unet: State, vae: State, text_encoder: State, text_encoder_2: St
     """The tensors of one SDXL file.
 
     Args:
-        unet: of a UNet2DConditionModel with SDXL's blocks: two resnets each, attentions in all but the first.
+        unet: of a UNet2DConditionModel with SDXL's blocks: two resnets each (three on the way up), attentions
+            wherever there is an upsampler.
         vae: of an AutoencoderKL.
         text_encoder: of a CLIPTextModel.
         text_encoder_2: of a CLIPTextModelWithProjection whose projection is as wide as its states.
     """
-    attended = {int(m[1]) for key in unet if (m := re.match(r"up_blocks\.(\d+)\.attentions", key))}
     up_blocks = 1 + max(int(m[1]) for key in vae if (m := re.match(r"decoder\.up_blocks\.(\d+)", key)))
-    result = {f"model.diffusion_model.{_unet_key(key, attended)}": value for key, value in unet.items()}
+    result = {f"model.diffusion_model.{_unet_key(key)}": value for key, value in unet.items()}
     result |= {f"first_stage_model.{_vae_key(key, up_blocks)}": _as_conv(key, value) for key, value in vae.items()}
     prefix = "conditioner.embedders.0.transformer.text_model."
     result |= {f"{prefix}{key.removeprefix('text_model.')}": value for key, value in text_encoder.items()}
@@ -85,7 +85,7 @@ def _renamed(key: str, rules: Iterable[tuple[str, str]]) -> str:
     return key
 
 
-def _unet_key(key: str, attended: set[int]) -> str:
+def _unet_key(key: str) -> str:
     """Blocks are counted in one row, three to a resolution: two (up: three) of layers, one of resampling."""
     if match := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)(.*)", key):
         half, block, kind, layer, rest = match.groups()
@@ -94,7 +94,7 @@ def _unet_key(key: str, attended: set[int]) -> str:
     elif match := re.match(r"down_blocks\.(\d+)\.downsamplers\.0\.conv(.*)", key):
         return f"input_blocks.{3 * int(match[1]) + 3}.0.op{match[2]}"
     elif match := re.match(r"up_blocks\.(\d+)\.upsamplers\.0(.*)", key):
-        return f"output_blocks.{3 * int(match[1]) + 2}.{1 + (int(match[1]) in attended)}{match[2]}"
+        return f"output_blocks.{3 * int(match[1]) + 2}.2{match[2]}"
     key = _renamed(key, _UNET_ENDS)
     return key if ".transformer_blocks." in key else _renamed(key, _UNET_RESNET)
 
