@@ -27,9 +27,8 @@ from engine_driver import freeze_fake, request
 
 from ipvg_ray.pipeline import execute
 from ipvg_ray.pipeline import run as engine
-from ipvg_ray.pipeline.plan import Step
+from ipvg_ray.pipeline.plan import Step, make_steps
 from ipvg_ray.pipeline.tickets import write_tickets
-from ipvg_ray.pipeline.worker import WorkerSpec
 
 
 class Plain:
@@ -77,7 +76,7 @@ def ours(rows: int, batch: int) -> tuple[float, float]:
                 for i, s in enumerate(this.steps)
                 if len(this.found.entry[s.name])
             }
-            specs = {s.name: WorkerSpec(s, this.store, 1, this.prints[s.name].digest) for s in this.steps}
+            specs = engine.specs(this, asked)
             started = time.perf_counter()
             execute.execute(this.steps, specs, files, lambda events: None)
             seconds = time.perf_counter() - started
@@ -94,7 +93,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
     execute.connect()
-    steps = engine.make_steps(request(Path("unused")).stages)
+    steps = make_steps(request(Path("unused")).stages)
     pairs = [
         (plain(options.rows, options.batch, steps), ours(options.rows, options.batch)) for _ in range(options.repeat)
     ]

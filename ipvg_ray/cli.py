@@ -47,6 +47,9 @@ def run(
     retry_failures: Annotated[bool, typer.Option(help="Try rows that failed again.")] = False,
     redo_from: Annotated[str | None, typer.Option(help="Remove this stage's and later results first.")] = None,
     fork: Annotated[Path | None, typer.Option(help="Start this new run directory from what is still valid.")] = None,
+    in_turn: Annotated[
+        bool, typer.Option(help="On a cluster that will not grow: stages in groups that fit it.")
+    ] = False,
 ) -> int:
     """Turn an identity set into videos; on an existing run directory, do only what is missing."""
     from ipvg_ray.pipeline import run as engine
@@ -54,16 +57,15 @@ def run(
 
     settings = _settings(out_dir, source, profile, file, overrides, strict)
     stages = make_stages(settings, until)
+    target = fork or out_dir
+    values = settings.model_dump(mode="json")
+    request = engine.Request(target, values, settings.seed, stages, redo_from, retry_failures, in_turn)
     if fork is not None:
         engine.require_models(stages)
-        kept = engine.fork(out_dir, fork, stages, settings.seed)
-        out.print(f"{fork} takes over from {out_dir}: {', '.join(kept) or 'the identity set alone'}")
-        out_dir = fork
-    request = engine.Request(
-        out_dir, settings.model_dump(mode="json"), settings.seed, stages, redo_from, retry_failures
-    )
+        kept = engine.fork(out_dir, request)
+        out.print(escape(f"{fork} takes over from {out_dir}: {', '.join(kept) or 'the identity set alone'}"))
     result = engine.run(request, _freezer(settings))
-    return _conclude(out_dir, result)
+    return _conclude(target, result)
 
 
 @app.command()
@@ -94,7 +96,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Run directory.")]) -> i
     from ipvg_ray.report.page import write_report
 
     tables.read_run(run_dir)
-    out.print(f"report: {write_report(run_dir)}")
+    out.print(escape(f"report: {write_report(run_dir)}"))
     return EXIT_OK
 
 
@@ -157,7 +159,7 @@ def export(
     from ipvg_ray.dataset.export import export as write
 
     tables.read_run(run_dir)
-    out.print(f"{write(run_dir, target)} videos exported to {target}")
+    out.print(escape(f"{write(run_dir, target)} videos exported to {target}"))
     return EXIT_OK
 
 
@@ -238,7 +240,7 @@ def dataset_demo(folder: Annotated[Path, typer.Argument(help="New folder.")]) ->
     """Make the demonstration identity set from pictures that installed packages carry."""
     from ipvg_ray.dataset.demo import make_demo
 
-    out.print(f"identity set: {make_demo(folder)}")
+    out.print(escape(f"identity set: {make_demo(folder)}"))
     return EXIT_OK
 
 
@@ -252,20 +254,21 @@ def version() -> int:
 def _settings(
     run_dir: Path, source: str | None, profile: str | None, file: Path | None, overrides: list[str], strict: bool
 ) -> config.Config:
-    """The configuration asked for; on an existing run, the run's own with the overrides on top."""
-    values: dict[str, Any] = {
-        "dataset": {"path": str(Path(source).resolve()) if source and "://" not in source else source}
-    }
-    if source is None:
-        values = {}
-    if strict:
-        values.setdefault("dataset", {})["strict"] = True
-    if (run_dir / "run.json").is_file() and profile is None and file is None:
-        kept = tables.read_run(run_dir)["config"]
-        return config.updated(kept, overrides, values)
-    if source is None:
+    """The configuration asked for; on an existing run its own is the base, unless a profile or a file is named."""
+    dataset: dict[str, Any] = {"strict": True} if strict else {}
+    if source is not None:
+        dataset["path"] = source if "://" in source else str(Path(source).resolve())
+    kept = tables.read_run(run_dir)["config"] if (run_dir / "run.json").is_file() else None
+    if kept is not None and profile is None and file is None:
+        return config.updated(kept, overrides, {"dataset": dataset})
+    if kept is not None and source is None:
+        dataset = kept["dataset"] | dataset
+    settings = config.load(
+        profile or config.default_profile(), file=file, overrides=overrides, values={"dataset": dataset}
+    )
+    if settings.dataset.path is None:
         raise config.ConfigError(f"{run_dir} is not a run to resume: name an identity set")
-    return config.load(profile or config.default_profile(), file=file, overrides=overrides, values=values)
+    return settings
 
 
 def _freezer(settings: config.Config) -> Callable[[Path], dict[str, Any]]:
@@ -302,7 +305,7 @@ def _print_plan(settings: config.Config, this: Any) -> None:
         workers = str(asks.min_workers) + (f"-{asks.max_workers}" if asks.max_workers > asks.min_workers else "")
         numbers = (counts.done, counts.failed, counts.waiting)
         table.add_row(step.name, step.stage.grain, workers, str(asks.batch_size), wants, *map(str, numbers))
-    out.print(f"profile {settings.profile}, seed {settings.seed}, run directory {this.store.run_dir}\n")
+    out.print(escape(f"profile {settings.profile}, seed {settings.seed}, run directory {this.store.run_dir}\n"))
     out.print(table)
     out.print("\nmodels")
     for step in this.steps:
@@ -316,19 +319,21 @@ def _conclude(run_dir: Path, result: Any) -> int:
 
     page = write_report(run_dir)
     last = list(result.counts.values())[-1]
-    resume = f"ipvg-ray run --out {shlex.quote(str(run_dir))}"
+    place = escape(shlex.quote(str(run_dir)))
     if result.outcome == "interrupted":
-        out.print(f"interrupted after {duration(result.seconds)}; finished rows are kept. Go on with: {resume}")
+        out.print(f"interrupted after {duration(result.seconds)}; finished rows are kept. ", end="")
+        out.print(f"Go on with: ipvg-ray run --out {place}")
         return EXIT_INTERRUPTED
     if result.waiting:
-        out.print(f"[red]{result.waiting} rows were not reached.[/red] Go on with: {resume}")
+        out.print(f"[red]{result.waiting} rows were not reached.[/red] Go on with: ipvg-ray run --out {place}")
         return EXIT_ERROR
-    out.print(f"{last.done} of {last.total} rows finished in {duration(result.seconds)}; report: {page}")
-    if result.failed:
-        out.print(f"[yellow]{result.failed} failed[/yellow]: ipvg-ray failures {shlex.quote(str(run_dir))}; ", end="")
-        out.print(f"try again with: {resume} --retry-failures")
-        return EXIT_ROWS_FAILED
-    return EXIT_OK
+    out.print(f"{last.done} of {last.total} rows finished in {duration(result.seconds)}; report: {escape(str(page))}")
+    if not result.failed:
+        return EXIT_OK
+    out.print(f"[yellow]{result.failed} failed[/yellow]: ipvg-ray failures {place}")
+    if result.failed > result.problems:
+        out.print(f"try them again with: ipvg-ray run --out {place} --retry-failures")
+    return EXIT_ROWS_FAILED
 
 
 def main(arguments: list[str] | None = None) -> int:

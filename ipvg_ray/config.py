@@ -104,12 +104,19 @@ class DatasetConfig(Section):
 class ModelsConfig(Section):
     """Where models lie. `root` holds them by name; `~` is the home folder."""
 
-    root: Path = Path("~/.cache/ipvg_ray/models")
+    root: Path = Field(Path("~/.cache/ipvg_ray/models"), validate_default=True)
+
+    @field_validator("root")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()  # workers and later starts may have another working directory
 
     def path(self, name: str) -> Path:
-        """`name` itself where it is an absolute or an existing path, else its place below `root`."""
+        """`name` itself where it begins with `/`, `~` or `.`, else its place below `root`; always absolute."""
         given = Path(name).expanduser()
-        return given if given.is_absolute() or given.exists() else self.root.expanduser() / name
+        if given.is_absolute() or name.startswith("."):
+            return given.absolute()
+        return self.root / name
 
 
 class FacesConfig(StageSection):

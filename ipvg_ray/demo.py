@@ -28,7 +28,8 @@ def run_demo(folder: Path, say: Callable[[str], None]) -> int:
     models, run_dir = folder / "models", folder / "run"
     say("Making miniature models: the real architectures and file formats, tiny, with random weights.")
     make_all(models, report=say)
-    identities = make_demo(folder / "identities") if not (folder / "identities").exists() else folder / "identities"
+    begun = (run_dir / "run.json").is_file()
+    identities = folder / "identities" if begun else make_demo(folder / "identities")
     say(f"Identity set: {identities} (faces from pictures that scikit-image and insightface carry, and a cat)")
     code = cli.main(
         [

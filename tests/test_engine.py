@@ -80,15 +80,15 @@ def test_redo_from(copy: Path) -> None:
 
 def test_fork_reuses_what_is_still_valid(copy: Path, tmp_path: Path) -> None:
     asked = request(tmp_path / "new", add=5)
-    assert engine.fork(copy, tmp_path / "new", asked.stages, asked.seed) == ["first", "second"]
+    assert engine.fork(copy, asked) == ["first", "second"]
     assert not (tmp_path / "new" / "files").exists()
     engine.run(asked, refuse_to_freeze)
     check_complete(tmp_path / "new")
     check_nothing_redone(tmp_path / "new")
     assert all(text.endswith("/5") for text in answers(tmp_path / "new").values())
     assert all(text.endswith("/1") for text in answers(copy).values())
-    with pytest.raises(engine.ChangedError, match="already holds a run"):
-        engine.fork(copy, tmp_path / "new", asked.stages, asked.seed)
+    with pytest.raises(engine.ChangedError, match="is not empty"):
+        engine.fork(copy, asked)
 
 
 def test_failures_retries_and_worker_deaths(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ipvg_ray import config, schema
 from ipvg_ray.media import images
+from ipvg_ray.models import faces
 from ipvg_ray.models.faces import Face, FaceAnalyser, NoFaceError, SeveralFacesError, choose, iou, matching
 from ipvg_ray.models.mini import insightface_pack
 from ipvg_ray.models.mini.face_template import landmarks_106
@@ -70,10 +71,10 @@ def face(x: float = 0, y: float = 0, side: float = 10, score: float = 0.9) -> Fa
 
 def test_each_rule_chooses_its_own_face() -> None:
     large, central, confident = face(0, 0, 40, 0.6), face(45, 45, 10, 0.7), face(80, 80, 15, 0.95)
-    faces = [central, confident, large]
-    assert choose(faces, "largest", (100, 100)) is large
-    assert choose(faces, "centre", (100, 100)) is central
-    assert choose(faces, "confident", (100, 100)) is confident
+    found = [central, confident, large]
+    assert choose(found, "largest", (100, 100)) is large
+    assert choose(found, "centre", (100, 100)) is central
+    assert choose(found, "confident", (100, 100)) is confident
 
 
 def test_the_centre_is_taken_in_width_and_height_order() -> None:
@@ -108,6 +109,16 @@ def test_area_and_normed_embedding() -> None:
     some = Face(np.zeros(4, np.float32), 1.0, np.zeros((5, 2), np.float32), embedding=raw)
     assert np.linalg.norm(some.normed_embedding) == pytest.approx(1)
     assert some.embedding is raw
+
+
+@pytest.mark.parametrize(("number", "word"), [(0, "female"), (1, "male"), (None, None)])
+def test_insightfaces_numbers_become_words(number: int | None, word: str | None) -> None:
+    from insightface.app.common import Face as Theirs
+
+    theirs = Theirs(bbox=np.zeros(4), kps=np.zeros((5, 2)), det_score=np.float32(0.5), gender=number, age=31)
+    ours = faces._face(theirs)
+    assert (ours.gender, ours.age, ours.landmarks_106, ours.embedding) == (word, 31.0, None, None)
+    assert ours.box.dtype == ours.landmarks_5.dtype == np.float32
 
 
 # --- the packs --------------------------------------------------------------------------------------------------------

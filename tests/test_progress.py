@@ -19,7 +19,9 @@ def fresh() -> Progress:
 
 def test_counts_follow_the_events() -> None:
     progress = fresh()
-    progress.add([Event("faces", began=2), Event("faces", done=1, failed=1, seconds=0.5), Event("video", began=1)])
+    progress.add([Event("faces", "a", began=2), Event("video", "b", began=1), Event("video", "b", began=1)])
+    assert (progress.stages["faces"].running, progress.stages["video"].running) == (2, 1), "begun again after a death"
+    progress.add([Event("faces", "a", done=1, failed=1, seconds=0.5, ended=True)])
     faces, video = progress.stages["faces"], progress.stages["video"]
     assert (faces.finished, faces.running, faces.waiting, faces.all_failed) == (2, 0, 1, 1)
     assert (video.running, video.waiting) == (1, 6 - 1 - 2), "a failed identity takes its two samples along"

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from engine_checks import check_complete, check_nothing_redone, raw_keys
 from engine_driver import STAGES, First, Second, Third, freeze_fake, request
+from engine_inprocess import Crash, drive
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,44 +26,6 @@ from ipvg_ray.pipeline.store import RunLockedError, Store, batch_digest, lock, n
 from ipvg_ray.pipeline.survey import InconsistentRunError
 from ipvg_ray.pipeline.tickets import read_rows, write_tickets
 from ipvg_ray.pipeline.worker import Worker, WorkerSpec
-
-
-class Crash(BaseException):
-    """Stands for a killed process: nothing catches it."""
-
-
-def drive(asked: engine.Request, luck: random.Random | None = None, identities: int = 5, prompts: int = 2) -> Any:
-    """One session in this process, in random order; `luck` decides whether and where it crashes."""
-    with engine.opened(asked, freeze_fake(identities, prompts)) as this:
-        files = [write_tickets(this.store, this.steps, i, this.found) for i in range(len(this.steps))]
-        queues: list[list[pa.Table]] = [list(read_rows(f, 0, f.rows, 3)) if f.rows else [] for f in files]
-        workers = []
-        for step in this.steps:
-            spec = WorkerSpec(step, this.store, asked.seed, this.prints[step.name].digest, asked.max_deaths)
-            workers.append(Worker(spec, "cpu"))
-        steps_left = luck.randint(0, 12) if luck else 10**9
-        while any(queues):
-            stage = (luck or random.Random(0)).choice([i for i, queue in enumerate(queues) if queue])
-            batch = queues[stage].pop(0)
-            size = luck.randint(1, 3) if luck else 2
-            if batch.num_rows > size:
-                queues[stage].insert(0, batch.slice(size))
-                batch = batch.slice(0, size)
-            if steps_left == 0:
-                crash_somewhere(this.store, luck)
-            steps_left -= 1
-            left = workers[stage](batch)
-            if stage + 1 < len(workers):
-                assert left.schema.names == this.steps[stage + 1].arriving.names
-                queues[stage + 1].append(left)
-        return this
-
-
-def crash_somewhere(store: Store, luck: random.Random | None) -> None:
-    """Leave behind what a kill may leave: a half written temporary file; then die."""
-    assert luck is not None
-    (store.session_dir / "tmp" / "half").write_bytes(b"PAR1" + luck.randbytes(20))
-    raise Crash
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -81,6 +44,51 @@ def test_any_crashes_and_orders_give_each_row_once(seed: int) -> None:
         drive(request(run_dir, bad=bad))
         check_complete(run_dir, {"second": {"id00001/prompt1"}, "first": {"id00002"}})
         check_nothing_redone(run_dir)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 2**32), flaky=st.booleans())
+def test_a_batch_delivered_again_and_again_is_written_once(seed: int, flaky: bool) -> None:
+    """A worker dies before or after any call to the store, or its answer gets lost; Ray delivers the batch again."""
+    luck = random.Random(seed)
+
+    def dying(call: Any) -> Any:
+        def wrapped(*arguments: Any) -> Any:
+            if luck.random() < 0.12:
+                raise Crash
+            result = call(*arguments)
+            if luck.random() < 0.12:
+                raise Crash
+            return result
+
+        return wrapped
+
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        asked = request(Path(folder) / "run", bad={"first:id00001": "row-error"}, max_deaths=50)
+        with engine.opened(asked, freeze_fake(3, 1)) as this:
+            files = write_tickets(this.store, this.steps, 0, this.found)
+            batch = next(iter(read_rows(files, 0, 3, 3)))
+            for name in ("publish_table", "begin_try", "end_try"):
+                patch.setattr(Store, name, dying(getattr(Store, name)))
+            for _ in range(100):
+                worker = Worker(engine.specs(this, asked)["first"], "cpu")
+                if flaky:
+                    process = worker.stage.process
+
+                    def out_of_memory(rows: Any, process: Any = process) -> Any:
+                        if len(rows) > 1 and luck.random() < 0.5:
+                            raise MemoryError
+                        return process(rows)
+
+                    patch.setattr(worker.stage, "process", out_of_memory)
+                try:
+                    worker(batch)
+                except Crash:
+                    continue
+                if luck.random() < 0.7:
+                    break
+            assert sorted(raw_keys(asked.run_dir, "first", "identity_id")) == ["id00000", "id00002"]
+            assert tables.read_table(asked.run_dir, "failures")["identity_id"].to_pylist() == ["id00001"]
 
 
 def test_a_session_that_was_fenced_off_cannot_publish(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import pyarrow.fs as pafs
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+"""Kinds of pictures that are read. Not EPS: Pillow would start Ghostscript on it; nor the rarely tested decoders."""
 
 
 class ImageError(ValueError):
@@ -66,7 +68,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         ImageError: `image_too_large` above `max_pixels` (checked before decoding), else `broken_image`.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageError(
@@ -80,7 +82,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     except Image.DecompressionBombError as error:  # Pillow's own bound, which it checks before we can read the size
         raise ImageError("image_too_large", f"more pixels than {max_pixels}; shrink the picture") from error
     except UnidentifiedImageError as error:
-        raise ImageError("broken_image", "this is no picture, or of a kind that Pillow does not know") from error
+        raise ImageError("broken_image", f"cannot decode the picture: it is none of {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow raises many kinds, SyntaxError and struct.error among them
         raise ImageError("broken_image", f"cannot decode the picture: {error}") from error
 
@@ -88,13 +90,23 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # 16-bit grey and friends: Pillow's own conversion clips instead of scaling
         values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if values.max() > 255 else 255.0
-        image = Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
+        if not np.isfinite(values).all():
+            raise ImageError("broken_image", "the picture holds values that are no numbers")
+        image = Image.fromarray(
+            (np.clip(values / _white(image.mode, values.max()), 0, 1) * 255).round().astype(np.uint8)
+        )
     if "A" in image.getbands() or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, rgba)
     return image.convert("RGB")
+
+
+def _white(mode: str, brightest: float) -> float:
+    """The value that stands for white: 16-bit modes say it; 32-bit ones are told by what they hold."""
+    if mode.startswith("I;16") or brightest > 255:
+        return 65535.0
+    return 1.0 if mode == "F" and brightest <= 1 else 255.0
 
 
 def encode(array: np.ndarray, kind: str = "png", quality: int = 95) -> dict[str, Any]:

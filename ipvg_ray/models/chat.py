@@ -134,6 +134,8 @@ class SeededSampler:
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (rows, embedding rows) whose argmax is each row's sampled token."""
         scores = scores.float().clone()
+        if scores[:, : self.vocabulary].isnan().any():
+            raise ValueError("the language model gave NaN; use prompts.dtype bfloat16 or float32, or check its files")
         scores[:, self.vocabulary :] = -torch.inf
         if self.temperature == 0:
             return scores

@@ -17,6 +17,7 @@ import numpy as np
 logger = logging.getLogger(__name__)
 
 Choice = Literal["largest", "centre", "confident", "error"]
+CUDA = "CUDAExecutionProvider"
 MODULES = ("detection", "landmark_2d_106", "genderage", "recognition")
 
 
@@ -118,6 +119,8 @@ class FaceAnalyser:
             raise ValueError(f"a picture must be uint8 (H, W, 3), not {rgb.dtype} {rgb.shape}")
         bgr = np.ascontiguousarray(rgb[:, :, ::-1])
         for size in self.det_sizes:
+            if size * min(rgb.shape[:2]) < max(rgb.shape[:2]):
+                continue  # fitted into the square, so thin a picture would have no pixel left across
             # Only the detector is prepared again: preparing every model could set up sessions anew.
             self._app.det_model.prepare(0, input_size=(size, size))
             with warnings.catch_warnings():
@@ -199,23 +202,29 @@ def _load(pack: Path, modules: set[str], device: str, threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = threads
     options.log_severity_level = 3
+    providers = _providers(device, onnxruntime.get_available_providers())
+    if CUDA in providers and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # insightface does so only where it chooses the providers itself
     try:
-        return FaceAnalysis(
+        app = FaceAnalysis(
             name=str(pack),  # a folder is taken as it is; a bare name would be downloaded where it is missing
             allowed_modules=sorted(modules),
-            providers=_providers(device, onnxruntime.get_available_providers()),
+            providers=providers,
             sess_options=options,
             static_shape_sessions=False,  # one session serves every size, instead of one more for each
         )
     except AssertionError as error:
         raise FileNotFoundError(f"{pack} holds no face detector; unpack the whole pack there") from error
+    if CUDA in providers and CUDA not in app.det_model.session.get_providers():
+        logger.warning("onnxruntime could not start CUDA (its libraries or cuDNN are missing); faces run on the CPU")
+    return app
 
 
 def _providers(device: str, available: Sequence[str]) -> list[str]:
     """onnxruntime's providers for a device, best first."""
     if device.startswith("cuda"):
-        if "CUDAExecutionProvider" in available:
-            return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        if CUDA in available:
+            return [CUDA, "CPUExecutionProvider"]
         logger.warning("this onnxruntime has no CUDA; faces run on the CPU (install onnxruntime-gpu)")
     return ["CPUExecutionProvider"]
 

@@ -18,6 +18,8 @@ import numpy as np
 if TYPE_CHECKING:
     from ipvg_ray.models.hrnet import HRNet
 
+ID_SIDE = 1024
+"""Longest side of the id picture, pixels: the encoder reads 224, and blending 10,000 × 10,000 would take gigabytes."""
 GREY = 127
 """What stands where the person does not, in all three channels."""
 
@@ -115,7 +117,7 @@ def crop_square(image: np.ndarray, cx: float, cy: float, half: float, fill: floa
 
 
 def id_picture(rgb: np.ndarray, alpha: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
-    """The person on grey 127, cropped to `landmark_box`: uint8 RGB, (S, S, 3).
+    """The person on grey 127, cropped to `landmark_box`: uint8 RGB, (S, S, 3), S at most `ID_SIDE`.
 
     Args:
         rgb: uint8 (H, W, 3).
@@ -131,9 +133,12 @@ def id_picture(rgb: np.ndarray, alpha: np.ndarray, landmarks: np.ndarray) -> np.
             f"the picture is {rgb.shape[:2]} and its matte {alpha.shape} (height, width); they must be equal"
         )
     box = landmark_box(landmarks)
-    person = crop_square(rgb, *box).astype(np.float32)
-    share = crop_square(alpha.astype(np.float32), *box, fill=0)[..., None]
-    return np.round(person * share + GREY * (1 - share)).astype(np.uint8)
+    person, share = crop_square(rgb, *box), crop_square(alpha.astype(np.float32), *box, fill=0)
+    if person.shape[0] > ID_SIDE:
+        size = (ID_SIDE, ID_SIDE)
+        person, share = (cv2.resize(a, size, interpolation=cv2.INTER_AREA) for a in (person, share))
+    share = share[..., None]
+    return np.round(person.astype(np.float32) * share + GREY * (1 - share)).astype(np.uint8)
 
 
 def person_alpha(model: HRNet, rgb: np.ndarray, face_box: Sequence[float], input_size: int = 473) -> np.ndarray:

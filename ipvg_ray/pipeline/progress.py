@@ -31,8 +31,8 @@ class StageProgress:
     counts: Counts
     done: int = 0
     failed: int = 0
-    running: int = 0
     lost: int = 0
+    open: dict[str, int] = field(default_factory=dict)
     busy: float = 0.0
     history: list[tuple[float, int]] = field(default_factory=list)
 
@@ -43,6 +43,11 @@ class StageProgress:
     @property
     def all_failed(self) -> int:
         return self.counts.failed + self.failed
+
+    @property
+    def running(self) -> int:
+        """Rows of batches that have begun and not ended; a batch that begins again counts once."""
+        return sum(self.open.values())
 
     @property
     def waiting(self) -> int:
@@ -78,7 +83,10 @@ class Progress:
         for event in events:
             stage = self.stages[event.stage]
             ended = event.done + event.failed
-            stage.running += event.began - ended
+            if event.began:
+                stage.open[event.batch] = event.began
+            if event.ended:
+                stage.open.pop(event.batch, None)
             stage.done += event.done
             stage.failed += event.failed
             stage.busy += event.seconds

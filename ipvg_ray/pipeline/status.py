@@ -56,13 +56,16 @@ def status(run_dir: Path, stages: Sequence[Stage]) -> Status:
     """
     run = tables.read_run(run_dir)
     begun = [stage for stage in stages if stage.name in run["stages"]]
+    problems, running = run["dataset"].get("problems", 0), holder(run_dir)
+    if not begun:
+        return Status(running, "not started", problems, {})
     prints = {name: kept["fingerprint"] for name, kept in run["stages"].items()}
     found = survey(Store(run_dir, ""), make_steps(begun), prints)
-    sessions = run.get("sessions") or [{}]
+    outcome = (run.get("sessions") or [{}])[-1].get("outcome", "not started")
     return Status(
-        running=holder(run_dir),
-        outcome=sessions[-1].get("outcome", "not started"),
-        problems=run["dataset"].get("problems", 0),
+        running=running,
+        outcome="killed" if outcome == "running" and running is None else outcome,
+        problems=problems,
         stages={name: _stage(counts, found.indexes[name]) for name, counts in found.counts.items()},
     )
 

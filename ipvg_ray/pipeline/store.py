@@ -25,6 +25,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,7 +46,7 @@ class RunLockedError(UserError):
 
 def new_session() -> str:
     """A name for one start of a run: sorts by time, never repeats."""
-    return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{uuid.uuid4().hex[:6]}"
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:6]}"
 
 
 def batch_digest(keys: Sequence[str]) -> str:
@@ -79,9 +80,10 @@ class Store:
     def begin(self) -> None:
         """Fence earlier sessions off and open this one's folders. Call with the lock held."""
         for old in self.engine_dir.glob("*/tmp"):
-            doomed = old.with_name(f"fenced-{uuid.uuid4().hex}")
-            old.rename(doomed)  # one step, so no worker can slip a file between listing and removing
-            shutil.rmtree(doomed, ignore_errors=True)
+            old.rename(old.with_name(f"fenced-{uuid.uuid4().hex}"))  # one step: no file can slip in while it is removed
+        for pattern in ("*/fenced-*", "*/tries", "*/tickets", "removed-*", "frozen-*"):
+            for leftover in self.engine_dir.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
         for folder in ("tmp", "tries", "journal", "tickets"):
             (self.session_dir / folder).mkdir(parents=True, exist_ok=True)
 
@@ -160,13 +162,19 @@ class Store:
         """Note ahead that this process begins to load a stage; returns how many on this host died while they did."""
         folder = self.session_dir / "tries" / stage
         folder.mkdir(exist_ok=True)
-        died = [f for f in folder.glob(f"setup.{os.uname().nodename}.*") if not _alive(int(f.name.rpartition(".")[2]))]
+        died = len(self._dead_setups(stage))
         self._setup_mark(stage).touch()
-        return len(died)
+        return died
 
     def end_setup(self, stage: str) -> None:
-        """Note that this process has loaded the stage."""
-        self._setup_mark(stage).unlink()
+        """Note that this process has loaded the stage: it can be loaded, so earlier deaths are forgiven."""
+        self._setup_mark(stage).unlink(missing_ok=True)
+        for mark in self._dead_setups(stage):
+            mark.unlink(missing_ok=True)
+
+    def _dead_setups(self, stage: str) -> list[Path]:
+        marks = (self.session_dir / "tries" / stage).glob(f"setup.{os.uname().nodename}.*")
+        return [mark for mark in marks if not _alive(int(mark.name.rpartition(".")[2]))]
 
     def _setup_mark(self, stage: str) -> Path:
         return self.session_dir / "tries" / stage / f"setup.{os.uname().nodename}.{os.getpid()}"

@@ -34,7 +34,8 @@ class Index:
 
     Attributes:
         files: its part files.
-        starts: int64 (files + 1,): number of the first row of each file in the table as a whole, then the total.
+        starts: int64 (files + 1,): number of the first row of each file in the table as a whole, then the total (which
+            may be left out where only some of the files are listed).
         keys: string array (rows,): the key of every row.
     """
 
@@ -106,7 +107,8 @@ def survey(store: Store, steps: Sequence[Step], fingerprints: dict[str, str]) ->
     samples = read_index(store.run_dir, "samples", "sample_id")
     owner = _owners(store.run_dir, identities)
     first = np.searchsorted(owner, np.arange(len(identities.keys) + 1))
-    indexes = {s.name: read_index(store.run_dir, s.name, s.key, fingerprints[s.name]) for s in steps}
+    # Back to front: a row that moves on while a live run is read is then seen where it came from, never only ahead.
+    indexes = {s.name: read_index(store.run_dir, s.name, s.key, fingerprints[s.name]) for s in reversed(steps)}
     failures = tables.read_table(store.run_dir, "failures", ["stage", "attempt"])
     retried = tables.read_table(store.engine_dir / "retried", "failures", ["stage", "attempt"])
     states = {}
@@ -145,7 +147,9 @@ def _read_keys(file: Path, key: str, fingerprint: str | None) -> pa.Array:
                 )
             return parquet.read([key]).column(0).combine_chunks().cast(pa.string())
     except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
-        raise InconsistentRunError(f"{file} cannot be read ({error}); use --redo-from {file.parent.name}") from error
+        name = file.parent.name
+        mend = "start a new run directory" if name in tables.INPUT_TABLES else f"use --redo-from {name}"
+        raise InconsistentRunError(f"{file} cannot be read ({error}); {mend}") from error
 
 
 def _owners(run_dir: Path, identities: Index) -> np.ndarray:

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,8 @@ from ipvg_ray.pipeline.survey import Index, Survey
 
 COUNT = "_count"
 """Tickets of identities: how many samples stand from the row in column `samples` on."""
-ROW_GROUP = 4096
+CHUNK = 1024
+"""Tickets per row group of the file; each chunk has a list of its own of the part files that it refers to."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class TicketFile:
     """The tickets of one stage.
 
     Attributes:
-        path: Parquet file; beside it, `.json`, the part files that the row numbers refer to.
+        path: Parquet file; beside it, `<name>-<chunk>.json`, the part files that a chunk's row numbers refer to.
         rows: number of tickets.
         arriving: schema of the rows to rebuild.
         columns: (table, column) of what is to be read.
@@ -58,32 +60,46 @@ def write_tickets(store: Store, steps: Sequence[Step], index: int, found: Survey
     for name in {source for source, _ in columns} - {"identities", "samples"}:
         tickets[name] = found.states[name].at[identity if grains[name] == "identity" else rows]
     path = store.session_dir / "tickets" / f"{step.name}.parquet"
-    pq.write_table(pa.table(tickets), path, row_group_size=ROW_GROUP)
+    pq.write_table(pa.table(tickets), path, row_group_size=CHUNK)
     indexes = {"identities": found.identities, "samples": found.samples, **found.indexes}
-    used = {name: indexes[name] for name in tickets if name in indexes}
-    path.with_suffix(".json").write_text(
-        json.dumps({n: {"files": [str(f) for f in i.files], "starts": i.starts.tolist()} for n, i in used.items()})
-    )
+    for chunk, start in enumerate(range(0, len(rows), CHUNK)):
+        part = {name: numbers[start : start + CHUNK] for name, numbers in tickets.items()}
+        used = {name: _places(indexes[name], part, name) for name in part if name in indexes}
+        _sidecar(path, chunk).write_text(json.dumps(used))
     return TicketFile(path, len(rows), step.arriving, columns)
+
+
+def _sidecar(path: Path, chunk: int) -> Path:
+    return path.with_name(f"{path.stem}-{chunk}.json")
+
+
+def _places(index: Index, part: dict[str, np.ndarray], name: str) -> dict[str, list[Any]]:
+    """The part files of a table that a chunk of tickets refers to, and the number of each one's first row."""
+    first = part[name]
+    last = first + np.maximum(part[COUNT], 1) - 1 if name == "samples" and COUNT in part else first
+    low, high = (np.searchsorted(index.starts, rows, side="right") - 1 for rows in (first, last))
+    files = np.unique(np.concatenate([np.arange(a, b + 1) for a, b in zip(low, high, strict=True)]))
+    return {"files": [str(index.files[f]) for f in files], "starts": index.starts[files].tolist()}
 
 
 def read_rows(tickets: TicketFile, start: int, stop: int, block: int) -> Iterator[pa.Table]:
     """Rebuild the rows of tickets `start` to `stop`, in tables of at most `block` rows of schema `tickets.arriving`."""
-    places = json.loads(tickets.path.with_suffix(".json").read_text())
-    indexes = {
-        name: Index([Path(f) for f in place["files"]], np.asarray(place["starts"], np.int64), pa.array([], pa.string()))
-        for name, place in places.items()
+    with pq.ParquetFile(tickets.path) as parquet:
+        for chunk in range(start // CHUNK, -(-stop // CHUNK)):
+            first = chunk * CHUNK
+            low, high = max(start, first), min(stop, first + CHUNK)
+            chosen = parquet.read_row_group(chunk).slice(low - first, high - low)
+            indexes = _indexes(_sidecar(tickets.path, chunk))
+            for offset in range(0, chosen.num_rows, block):
+                yield _rebuild(tickets, chosen.slice(offset, block), indexes)
+
+
+def _indexes(sidecar: Path) -> dict[str, Index]:
+    nothing = pa.array([], pa.string())
+    return {
+        name: Index([Path(f) for f in place["files"]], np.asarray(place["starts"], np.int64), nothing)
+        for name, place in json.loads(sidecar.read_text()).items()
     }
-    chosen = _slice(tickets.path, start, stop)
-    for offset in range(0, chosen.num_rows, block):
-        yield _rebuild(tickets, chosen.slice(offset, block), indexes)
-
-
-def _slice(path: Path, start: int, stop: int) -> pa.Table:
-    with pq.ParquetFile(path) as parquet:
-        groups = range(start // ROW_GROUP, -(-stop // ROW_GROUP))
-        first = groups.start * ROW_GROUP
-        return parquet.read_row_groups(list(groups)).slice(start - first, stop - start)
 
 
 def _rebuild(tickets: TicketFile, chosen: pa.Table, indexes: dict[str, Index]) -> pa.Table:

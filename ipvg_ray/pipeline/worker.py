@@ -38,10 +38,12 @@ class WorkerStartError(UserError):
 
 @dataclass(frozen=True)
 class Event:
-    """What a worker tells of a batch: rows begun, or rows finished and failed with the seconds they took."""
+    """What a worker tells of a batch: that it begins, with so many rows; or that it has ended, with what came of it."""
 
     stage: str
+    batch: str
     began: int = 0
+    ended: bool = False
     done: int = 0
     failed: int = 0
     seconds: float = 0.0
@@ -85,6 +87,9 @@ class Worker:
         self.store = spec.store
         self.report = report
         self.stored = tables.stored_schema(self.step.table)
+        if not self.store.session_dir.is_dir():
+            where = f"{self.store.run_dir} is not seen on {os.uname().nodename}"
+            raise WorkerStartError(f"{where}; put run directory and models on storage that all nodes share")
         journal = self.store.session_dir / "journal" / f"{self.stage.name}-{os.uname().nodename}-{os.getpid()}.jsonl"
         self.journal = journal.open("a", buffering=1)
         self._setup(device)
@@ -119,15 +124,11 @@ class Worker:
         part = self.store.part(self.stage.name, digest)
         if part.exists():  # the same batch again: its outcome was written, only the answer got lost
             return {row[self.step.key]: row for row in pq.read_table(part, partitioning=None).to_pylist()}
-        deaths = self.store.begin_try(self.stage.name, digest)
-        judged = self._failed_before(digest) if deaths else set()
-        if judged:  # a worker died between writing the batch's failures and its finished rows: only those are owed
+        if judged := self._failed_before(digest):
+            # A worker died between writing the batch's failures and its finished rows: only those are owed.
             rest = [i for i, key in enumerate(keys) if key not in judged]
-            added = self._checkpointed(batch.take(rest), [keys[i] for i in rest]) if rest else {}
-        else:
-            added = self._tried(batch, keys, digest, deaths)
-        self.store.end_try(self.stage.name, digest)
-        return added
+            return self._checkpointed(batch.take(rest), [keys[i] for i in rest]) if rest else {}
+        return self._tried(batch, keys, digest, self.store.begin_try(self.stage.name, digest))
 
     def _failed_before(self, digest: str) -> set[str]:
         part = self.store.part("failures", f"{self.stage.name}-{digest}")
@@ -136,14 +137,16 @@ class Worker:
         return set(pq.read_table(part, columns=[self.step.key], partitioning=None)[self.step.key].to_pylist())
 
     def _tried(self, batch: pa.Table, keys: list[str], digest: str, deaths: int) -> dict[str, Row]:
-        self.report(Event(self.stage.name, began=len(keys)))
+        self.report(Event(self.stage.name, digest, began=len(keys)))
         started = time.perf_counter()
         outcome = self._outcome(batch, keys, digest, deaths)
         seconds = time.perf_counter() - started
         if outcome is not None:
             self._publish(batch, keys, digest, outcome, seconds)
+            self.store.end_try(self.stage.name, digest)
             return outcome.added
-        self.report(Event(self.stage.name, began=-len(keys)))
+        self.report(Event(self.stage.name, digest, ended=True))
+        # The try stays open: should this batch be delivered again, it must be taken apart again and read back.
         added: dict[str, Row] = {}
         for i, key in enumerate(keys):
             added |= self._checkpointed(batch.slice(i, 1), [key])
@@ -159,6 +162,7 @@ class Worker:
         try:
             return self._judge(rows, self._process(rows, digest))
         except Exception as error:  # a model may raise anything; the traceback is kept with the row
+            _leave_if_broken(error)
             return None if len(rows) > 1 else Outcome(failures=[self._failure(rows[0], error)])
 
     def _publish(self, batch: pa.Table, keys: list[str], digest: str, outcome: Outcome, seconds: float) -> None:
@@ -168,7 +172,7 @@ class Worker:
         self.store.publish_table(self.stage.name, digest, stored, self.spec.fingerprint)
         done, failed = len(outcome.added), len(outcome.failures)
         self._note("end", keys, done=done, failed=failed, seconds=round(seconds, 4))
-        self.report(Event(self.stage.name, done=done, failed=failed, seconds=seconds))
+        self.report(Event(self.stage.name, digest, done=done, failed=failed, seconds=seconds, ended=True))
 
     def _process(self, rows: list[Row], digest: str) -> Sequence[Row | RowError]:
         self._note("begin", [row[self.step.key] for row in rows])
@@ -249,8 +253,8 @@ class Worker:
             "identity_id": row["identity_id"],
             "sample_id": row.get("sample_id"),
             "kind": error.kind if isinstance(error, RowError) else "error",
-            "message": error.message if isinstance(error, RowError) else f"{type(error).__name__}: {error}",
-            "traceback": trace if not known or error.__cause__ else None,
+            "message": _text(error.message if isinstance(error, RowError) else f"{type(error).__name__}: {error}"),
+            "traceback": _text(trace) if not known or error.__cause__ else None,
             "where": None,
             "attempt": row[ATTEMPT],
             "failed_at": datetime.now(UTC),
@@ -258,6 +262,19 @@ class Worker:
 
     def _note(self, event: str, keys: Iterable[str], **values: Any) -> None:
         self.journal.write(json.dumps({"t": time.time(), "event": event, "keys": list(keys), **values}) + "\n")
+
+
+def _text(words: str) -> str:
+    """Words that Parquet can hold: lone surrogates, which Python allows, become question marks."""
+    return words.encode("utf-8", "replace").decode()
+
+
+def _leave_if_broken(error: Exception) -> None:
+    """End this process where its CUDA context is lost: every later row would fail in it. The try counts as a death."""
+    words = str(error)
+    if type(error).__name__ == "AcceleratorError" or ("CUDA error" in words and "out of memory" not in words):
+        traceback.print_exc()
+        os._exit(1)
 
 
 @contextmanager
@@ -275,7 +292,7 @@ def time_limit(stack: Path, seconds: float) -> Iterator[None]:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
-    stack.unlink()
+            stack.unlink()
 
 
 def explode(table: pa.Table, into: pa.Schema) -> pa.Table:

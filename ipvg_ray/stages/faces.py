@@ -58,8 +58,12 @@ class FacesStage(Stage):
         return [self._attempt(row) for row in rows]
 
     def _attempt(self, row: Row) -> Row | RowError:
+        from ipvg_ray.models.matting import LandmarkError
+
         try:
             return self._one(row)
+        except LandmarkError as error:
+            return RowError("bad_landmarks", str(error))
         except images.ImageError as error:
             return RowError(error.kind, str(error))
         except faces.SeveralFacesError as error:

@@ -47,6 +47,12 @@ class FirstFrameStage(Stage):
         places, dtype, device = self.models(), getattr(torch, self.config.first_frame.dtype), context.device
         self._hyperlora = HyperLora.load(places["hyperlora"], dtype=dtype, device=device)
         self._clip = ClipVision.load(places["clip_vision"], dtype=dtype, device=device)
+        wanted = self._hyperlora.clip_width
+        if wanted not in (None, self._clip.width):
+            raise ValueError(
+                f"first_frame.clip_vision gives {self._clip.width} channels and first_frame.hyperlora reads {wanted}; "
+                "use the CLIP model that the HyperLoRA was trained with"
+            )
         pipeline = sdxl.load(places["checkpoint"], places["checkpoint_config"], dtype=dtype, device=device)
         self._sdxl = sdxl.Sdxl(pipeline)
         self._lora = PerSampleLora(self._sdxl.unet, self._hyperlora.paths)
