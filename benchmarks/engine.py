@@ -72,7 +72,7 @@ def ours(rows: int, batch: int) -> tuple[float, float]:
         freeze = freeze_fake(rows // 4, 4)
         with engine.opened(asked, freeze) as this:
             files: dict[str, Any] = {
-                s.name: write_tickets(this.store, this.steps, i, this.found)
+                s.name: write_tickets(this.store.tickets_dir, this.steps, i, this.found)
                 for i, s in enumerate(this.steps)
                 if len(this.found.entry[s.name])
             }

@@ -10,28 +10,31 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ipvg_ray import __version__, config, tables
+from ipvg_ray import __version__, cli_models, config, tables
+from ipvg_ray.cli_options import (
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_ROWS_FAILED,
+    EXIT_USAGE,
+    File,
+    Profile,
+    Set,
+    out,
+)
 from ipvg_ray.errors import UserError
-
-EXIT_OK, EXIT_ERROR, EXIT_USAGE, EXIT_ROWS_FAILED, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 HELP = "Turn a set of faces and prompts into identity-preserving videos; resumable, on a laptop or a cluster."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
-models_app = typer.Typer(no_args_is_help=True, help="Make, fetch and check models.")
 dataset_app = typer.Typer(no_args_is_help=True, help="Read identity sets, make the demonstration set.")
-app.add_typer(models_app, name="models")
+app.add_typer(cli_models.app, name="models")
 app.add_typer(dataset_app, name="dataset")
-out = Console(highlight=False, soft_wrap=True)
 
 Input = Annotated[str | None, typer.Argument(help="Identity set: folder, file or s3:// URI. Leave out to resume.")]
 Run = Annotated[Path, typer.Option("--out", "-o", help="Run directory; made if new, resumed if not.")]
-Profile = Annotated[str | None, typer.Option(help="Built-in profile: " + ", ".join(config.profiles()) + ".")]
-File = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with any part of the configuration.")]
-Set = Annotated[list[str], typer.Option("--set", "-s", help="section.field=value, such as video.steps=4.")]
 Until = Annotated[str | None, typer.Option(help="Last stage to run.")]
 
 
@@ -130,23 +133,62 @@ def status(
 
 
 @app.command()
-def failures(run_dir: Annotated[Path, typer.Argument(help="Run directory.")], traceback: bool = False) -> int:
+def failures(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory.")],
+    stage: Annotated[str | None, typer.Option(help="Only this stage's (dataset: the identity set's).")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only of this kind.")] = None,
+    row: Annotated[str | None, typer.Option(help="Only this identity's or sample's, with its traceback.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines: one JSON object a line.")] = False,
+) -> int:
     """List the rows that could not be finished, and why."""
     tables.read_run(run_dir)
-    rows = tables.read_table(run_dir, "failures").to_pylist()
+    found = [
+        failure
+        for failure in tables.read_table(run_dir, "failures").to_pylist()
+        if stage in (None, failure["stage"])
+        and kind in (None, failure["kind"])
+        and row in (None, failure["identity_id"], failure["sample_id"])
+    ]
+    if as_json:
+        for failure in found:
+            print(json.dumps(failure, default=str, ensure_ascii=False))
+        return EXIT_OK
     table = Table(box=None, pad_edge=False)
     for name in ("stage", "row", "kind", "attempt", "message"):
         table.add_column(name, overflow="fold")
-    for row in rows:
-        cells = (row["stage"], row["sample_id"] or row["identity_id"], row["kind"], str(row["attempt"]), row["message"])
+    for failure in found:
+        place = failure["sample_id"] or failure["identity_id"]
+        cells = (failure["stage"], place, failure["kind"], str(failure["attempt"]), failure["message"])
         table.add_row(*map(escape, cells))
-    out.print(table if rows else "no failures")
-    if traceback:
-        for row in rows:
-            if row["traceback"]:
-                out.print(
-                    f"\n{row['stage']} {row['sample_id'] or row['identity_id']}\n{row['traceback']}", markup=False
-                )
+    out.print(table if found else "no failures")
+    for failure in found if row else []:
+        out.print(f"\n{failure['traceback'] or 'no traceback: the stage refused the row knowingly'}", markup=False)
+    return EXIT_OK
+
+
+@app.command()
+def replay(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory.")],
+    stage: Annotated[str, typer.Argument(help="The stage to run.")],
+    row: Annotated[str, typer.Argument(help="The identity's or sample's id.")],
+    media: Annotated[Path, typer.Option(help="Folder for videos that the stage makes.")] = Path("replay"),
+) -> int:
+    """Run one row through one stage here and now, for debugging; the run is left as it is."""
+    from ipvg_ray.pipeline import replay as player
+    from ipvg_ray.pipeline.rundir import Request
+    from ipvg_ray.pipeline.stage import RowError
+    from ipvg_ray.stages import make_stages
+
+    settings = config.from_tree(tables.read_run(run_dir)["config"])
+    stages = make_stages(settings, stage)
+    request = Request(run_dir.resolve(), settings.model_dump(mode="json"), settings.seed, stages)
+    device = "cuda" if stages[-1].resources().gpus else "cpu"
+    result = player.replay(request, row, media, device)
+    if isinstance(result, RowError):
+        out.print(f"[red]{escape(result.kind)}[/red]: {escape(result.message)}")
+        return EXIT_ROWS_FAILED
+    for name, value in result.items():
+        out.print(f"{name}: {player.summary(value)}", markup=False)
     return EXIT_OK
 
 
@@ -171,68 +213,6 @@ def demo(
     from ipvg_ray.demo import run_demo
 
     return run_demo(folder, out.print)
-
-
-@models_app.command("make-mini")
-def make_mini(
-    folder: Annotated[Path | None, typer.Argument(help="Where; the profile's models.root if not given.")] = None,
-) -> int:
-    """Make miniature random checkpoints of every model, in the real formats."""
-    from ipvg_ray.models.mini import make_all
-
-    make_all((folder or config.load("cpu-mini").models.root).expanduser(), report=out.print)
-    return EXIT_OK
-
-
-@models_app.command("pull")
-def pull(
-    names: Annotated[list[str] | None, typer.Argument(help="Names from docs/models.md; the profile's if none.")] = None,
-    profile: str = "gpu",
-    file: File = None,
-    overrides: Set = [],  # noqa: B006
-    accept_licence: Annotated[
-        bool, typer.Option(help="You have read the non-commercial terms and may use them.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option(help="Show sizes, licences and checksums only.")] = False,
-) -> int:
-    """Fetch real models into models.root: shows sizes, licences and checksums first; goes on where it was cut."""
-    from ipvg_ray.models import fetch
-    from ipvg_ray.stages import make_stages
-
-    settings = config.load(profile, file=file, overrides=overrides)
-    root = settings.models.root.expanduser()
-    wanted = names or [
-        str(path.relative_to(root))
-        for stage in make_stages(settings)
-        for path in stage.models().values()
-        if path.is_relative_to(root)
-    ]
-    items = fetch.plan_pull(wanted, root)
-    out.print(fetch.describe(items), markup=False)
-    if not dry_run:
-        fetch.pull(items, root, accept_licence, report=lambda line: out.print(line, markup=False))
-    return EXIT_OK
-
-
-@models_app.command("check")
-def check(
-    profile: Profile = None,
-    file: File = None,
-    overrides: Set = [],  # noqa: B006
-    verify: Annotated[bool, typer.Option(help="Compute the checksums of pulled models too.")] = False,
-) -> int:
-    """Say which of the models that the configuration names are missing or damaged."""
-    from ipvg_ray.models import fetch
-    from ipvg_ray.stages import make_stages
-
-    settings = config.load(profile or config.default_profile(), file=file, overrides=overrides)
-    named = {f"{s.name}.{field}": path for s in make_stages(settings) for field, path in s.models().items()}
-    missing = fetch.check(named, verify=verify)
-    for flaw in missing:
-        out.print(str(flaw), markup=False)
-    if not missing:
-        out.print(f"all {len(named)} models of profile {settings.profile} are there")
-    return EXIT_ERROR if missing else EXIT_OK
 
 
 @dataset_app.command("demo")

@@ -21,7 +21,7 @@ class Crash(BaseException):
 def drive(asked: engine.Request, luck: random.Random | None = None, identities: int = 5, prompts: int = 2) -> Any:
     """One session in this process, in random order; `luck` decides whether and where it crashes."""
     with engine.opened(asked, freeze_fake(identities, prompts)) as this:
-        files = [write_tickets(this.store, this.steps, i, this.found) for i in range(len(this.steps))]
+        files = [write_tickets(this.store.tickets_dir, this.steps, i, this.found) for i in range(len(this.steps))]
         queues: list[list[pa.Table]] = [list(read_rows(f, 0, f.rows, 3)) if f.rows else [] for f in files]
         workers = [Worker(spec, "cpu") for spec in engine.specs(this, asked).values()]
         steps_left = luck.randint(0, 12) if luck else 10**9

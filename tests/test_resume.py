@@ -66,7 +66,7 @@ def test_a_batch_delivered_again_and_again_is_written_once(seed: int, flaky: boo
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         asked = request(Path(folder) / "run", bad={"first:id00001": "row-error"}, max_deaths=50)
         with engine.opened(asked, freeze_fake(3, 1)) as this:
-            files = write_tickets(this.store, this.steps, 0, this.found)
+            files = write_tickets(this.store.tickets_dir, this.steps, 0, this.found)
             batch = next(iter(read_rows(files, 0, 3, 3)))
             for name in ("publish_table", "begin_try", "end_try"):
                 patch.setattr(Store, name, dying(getattr(Store, name)))
@@ -109,7 +109,7 @@ def test_the_same_batch_again_is_read_back(tmp_path: Path) -> None:
     this = drive(asked)
     step = this.steps[0]
     this.store.begin()
-    files = write_tickets(this.store, this.steps, 0, this.found)
+    files = write_tickets(this.store.tickets_dir, this.steps, 0, this.found)
     batch = next(iter(read_rows(files, 0, 2, 2)))
     worker = Worker(WorkerSpec(step, this.store, asked.seed, this.prints["first"].digest), "cpu")
     first = worker(batch)
@@ -124,7 +124,7 @@ def test_the_same_batch_again_is_read_back(tmp_path: Path) -> None:
 def test_a_worker_that_died_is_counted_and_the_row_set_aside(tmp_path: Path) -> None:
     asked = request(tmp_path / "run")
     with engine.opened(asked, freeze_fake(2, 1)) as this:
-        files = write_tickets(this.store, this.steps, 0, this.found)
+        files = write_tickets(this.store.tickets_dir, this.steps, 0, this.found)
         batch = next(iter(read_rows(files, 0, 2, 2)))
         poison, fine = batch["identity_id"].to_pylist()
         for _ in range(3):  # what three workers leave that died on this row
@@ -138,7 +138,7 @@ def test_a_worker_that_died_is_counted_and_the_row_set_aside(tmp_path: Path) -> 
 def test_a_death_between_failures_and_rows_writes_nothing_twice(tmp_path: Path) -> None:
     asked = request(tmp_path / "run", bad={"first:id00001": "row-error"})
     with engine.opened(asked, freeze_fake(3, 1)) as this:
-        files = write_tickets(this.store, this.steps, 0, this.found)
+        files = write_tickets(this.store.tickets_dir, this.steps, 0, this.found)
         batch = next(iter(read_rows(files, 0, 3, 3)))
         spec = WorkerSpec(this.steps[0], this.store, 1, this.prints["first"].digest)
         worker = Worker(spec, "cpu")
@@ -161,7 +161,7 @@ def test_a_death_between_failures_and_rows_writes_nothing_twice(tmp_path: Path) 
 def test_bad_results_fail_their_row_only(tmp_path: Path) -> None:
     asked = request(tmp_path / "run")
     with engine.opened(asked, freeze_fake(3, 1)) as this:
-        files = write_tickets(this.store, this.steps, 0, this.found)
+        files = write_tickets(this.store.tickets_dir, this.steps, 0, this.found)
         worker = Worker(WorkerSpec(this.steps[0], this.store, 1, this.prints["first"].digest), "cpu")
         worker.stage.process = lambda rows: [{"total": None} if r["image_width"] == 1 else {"total": 5} for r in rows]  # type: ignore[method-assign]
         left = worker(next(iter(read_rows(files, 0, 3, 3))))

@@ -15,7 +15,9 @@ from ipvg_ray import tables
 from ipvg_ray.pipeline import run as engine
 from ipvg_ray.pipeline.fingerprint import model_digest
 from ipvg_ray.pipeline.plan import PlanError
+from ipvg_ray.pipeline.replay import ReplayError, replay
 from ipvg_ray.pipeline.rundir import ForeignFilesError
+from ipvg_ray.pipeline.stage import RowError
 from ipvg_ray.pipeline.status import status
 from ipvg_ray.pipeline.store import Store, lock, new_session
 
@@ -145,3 +147,22 @@ def test_two_starts_of_one_second_sort_by_time() -> None:
 def test_the_lock_names_its_holder(tmp_path: Path) -> None:
     with lock(tmp_path), pytest.raises(Exception, match=f"process {os.getpid()}"):
         drive(request(tmp_path))
+
+
+def test_replay_gives_what_the_run_gave_and_changes_nothing(tmp_path: Path) -> None:
+    asked = request(tmp_path / "run", bad={"third:id00001/prompt1": "row-error", "first:id00002": "raise"})
+    drive(asked)
+    before = {p: p.stat().st_mtime_ns for p in asked.run_dir.rglob("*")}
+    for last, key in ((3, "id00000/prompt1"), (1, "id00004")):
+        stage = asked.stages[last - 1]
+        kept = {row[stage.table().key[0]]: row for row in tables.read_table(asked.run_dir, stage.table()).to_pylist()}
+        result = replay(until(asked, last), key, tmp_path / "media", "cpu")
+        assert isinstance(result, dict)
+        for name, value in result.items():
+            assert name == "uri" or kept[key][name] == value
+    assert isinstance(replay(asked, "id00001/prompt1", tmp_path / "media", "cpu"), RowError)
+    with pytest.raises(ReplayError, match="has no sample 'nobody'"):
+        replay(asked, "nobody", tmp_path, "cpu")
+    with pytest.raises(ReplayError, match="first has not finished it"):
+        replay(asked, "id00002/prompt0", tmp_path, "cpu")
+    assert {p: p.stat().st_mtime_ns for p in asked.run_dir.rglob("*")} == before

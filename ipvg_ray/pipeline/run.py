@@ -107,7 +107,7 @@ def _execute(this: Opened, request: Request, seen: shown.Progress, terminal: Tex
                     names = {step.name for step in group}
                     found = this.found if number == 0 else this.survey()
                     tickets = {
-                        step.name: write_tickets(this.store, this.steps, i, found)
+                        step.name: write_tickets(this.store.tickets_dir, this.steps, i, found)
                         for i, step in enumerate(this.steps)
                         if step.name in names and len(found.entry[step.name])
                     }

@@ -75,6 +75,10 @@ class Store:
     def session_dir(self) -> Path:
         return self.engine_dir / self.session
 
+    @property
+    def tickets_dir(self) -> Path:
+        return self.session_dir / "tickets"
+
     # -- sessions ------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:

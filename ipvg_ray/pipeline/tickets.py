@@ -18,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ipvg_ray.pipeline.plan import ATTEMPT, SAMPLES, Step, carried, samples_type
-from ipvg_ray.pipeline.store import Store
 from ipvg_ray.pipeline.survey import Index, Survey
 
 COUNT = "_count"
@@ -44,8 +43,8 @@ class TicketFile:
     columns: tuple[tuple[str, str], ...]
 
 
-def write_tickets(store: Store, steps: Sequence[Step], index: int, found: Survey) -> TicketFile:
-    """Write the tickets of the rows that enter at `steps[index]`."""
+def write_tickets(folder: Path, steps: Sequence[Step], index: int, found: Survey) -> TicketFile:
+    """Write the tickets of the rows that enter at `steps[index]` into a folder that the readers can see."""
     step = steps[index]
     rows = found.entry[step.name]
     stages = [s.stage for s in steps]
@@ -59,7 +58,7 @@ def write_tickets(store: Store, steps: Sequence[Step], index: int, found: Survey
         tickets["samples"] = rows
     for name in {source for source, _ in columns} - {"identities", "samples"}:
         tickets[name] = found.states[name].at[identity if grains[name] == "identity" else rows]
-    path = store.session_dir / "tickets" / f"{step.name}.parquet"
+    path = folder / f"{step.name}.parquet"
     pq.write_table(pa.table(tickets), path, row_group_size=CHUNK)
     indexes = {"identities": found.identities, "samples": found.samples, **found.indexes}
     for chunk, start in enumerate(range(0, len(rows), CHUNK)):

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from ipvg_ray import tables
 from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.plan import ATTEMPT, SAMPLES, Step
-from ipvg_ray.pipeline.stage import Row, RowError, StageContext
+from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
 from ipvg_ray.pipeline.store import Store, batch_digest, failures_table, row_seed
 
 
@@ -154,7 +154,7 @@ class Worker:
 
     def _outcome(self, batch: pa.Table, keys: list[str], digest: str, deaths: int) -> Outcome | None:
         """Try the batch; None where its rows must be tried alone: it raised, or has killed a worker before."""
-        rows = self._rows(batch, keys)
+        rows = rows_of(batch, self.stage, self.spec.run_seed)
         if len(rows) > 1 and deaths:
             return None
         if deaths >= self.spec.max_deaths:
@@ -215,15 +215,6 @@ class Worker:
         return {column: pa.scalar(result.get(column), type=f.type).as_py() for column, f in columns.items()}
 
     # -- rows in and out -----------------------------------------------------------------------------------------
-
-    def _rows(self, batch: pa.Table, keys: list[str]) -> list[Row]:
-        columns = [
-            c for c in batch.column_names if c in self.stage.needs or c in ("identity_id", "sample_id", "prompt_id")
-        ]
-        rows: list[Row] = batch.select([*columns, ATTEMPT]).to_pylist()
-        for row, key in zip(rows, keys, strict=True):
-            row["seed"] = row_seed(self.spec.run_seed, key, self.stage.name)
-        return rows
 
     def _stored(self, batch: pa.Table, keys: list[str], outcome: Outcome, seconds: float) -> pa.Table:
         identities = batch["identity_id"].to_pylist()
@@ -293,6 +284,16 @@ def time_limit(stack: Path, seconds: float) -> Iterator[None]:
         finally:
             faulthandler.cancel_dump_traceback_later()
             stack.unlink()
+
+
+def rows_of(batch: pa.Table, stage: Stage, run_seed: int) -> list[Row]:
+    """The rows as `stage.process` wants them: keys, needed columns, how often each was tried, and each one's seed."""
+    keys = [name for name in ("identity_id", "sample_id", "prompt_id") if name in batch.column_names]
+    columns = [name for name in batch.column_names if name in stage.needs and name not in keys]
+    rows: list[Row] = batch.select([*keys, *columns, ATTEMPT]).to_pylist()
+    for row in rows:
+        row["seed"] = row_seed(run_seed, row.get("sample_id") or row["identity_id"], stage.name)
+    return rows
 
 
 def explode(table: pa.Table, into: pa.Schema) -> pa.Table:

@@ -1,0 +1,75 @@
+"""`ipvg-ray models`: make, fetch and check models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ipvg_ray import config
+from ipvg_ray.cli_options import EXIT_ERROR, EXIT_OK, File, Profile, Set, out
+
+app = typer.Typer(no_args_is_help=True, help="Make, fetch and check models.")
+
+
+@app.command("make-mini")
+def make_mini(
+    folder: Annotated[Path | None, typer.Argument(help="Where; the profile's models.root if not given.")] = None,
+) -> int:
+    """Make miniature random checkpoints of every model, in the real formats."""
+    from ipvg_ray.models.mini import make_all
+
+    make_all((folder or config.load("cpu-mini").models.root).expanduser(), report=out.print)
+    return EXIT_OK
+
+
+@app.command("pull")
+def pull(
+    names: Annotated[list[str] | None, typer.Argument(help="Names from docs/models.md; the profile's if none.")] = None,
+    profile: str = "gpu",
+    file: File = None,
+    overrides: Set = [],  # noqa: B006
+    accept_licence: Annotated[
+        bool, typer.Option(help="You have read the non-commercial terms and may use them.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option(help="Show sizes, licences and checksums only.")] = False,
+) -> int:
+    """Fetch real models into models.root: shows sizes, licences and checksums first; goes on where it was cut."""
+    from ipvg_ray.models import fetch
+    from ipvg_ray.stages import make_stages
+
+    settings = config.load(profile, file=file, overrides=overrides)
+    root = settings.models.root.expanduser()
+    wanted = names or [
+        str(path.relative_to(root))
+        for stage in make_stages(settings)
+        for path in stage.models().values()
+        if path.is_relative_to(root)
+    ]
+    items = fetch.plan_pull(wanted, root)
+    out.print(fetch.describe(items), markup=False)
+    if not dry_run:
+        fetch.pull(items, root, accept_licence, report=lambda line: out.print(line, markup=False))
+    return EXIT_OK
+
+
+@app.command("check")
+def check(
+    profile: Profile = None,
+    file: File = None,
+    overrides: Set = [],  # noqa: B006
+    verify: Annotated[bool, typer.Option(help="Compute the checksums of pulled models too.")] = False,
+) -> int:
+    """Say which of the models that the configuration names are missing or damaged."""
+    from ipvg_ray.models import fetch
+    from ipvg_ray.stages import make_stages
+
+    settings = config.load(profile or config.default_profile(), file=file, overrides=overrides)
+    named = {f"{s.name}.{field}": path for s in make_stages(settings) for field, path in s.models().items()}
+    missing = fetch.check(named, verify=verify)
+    for flaw in missing:
+        out.print(str(flaw), markup=False)
+    if not missing:
+        out.print(f"all {len(named)} models of profile {settings.profile} are there")
+    return EXIT_ERROR if missing else EXIT_OK
