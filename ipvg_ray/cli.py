@@ -193,6 +193,19 @@ def replay(
 
 
 @app.command()
+def compact(
+    run_dir: Annotated[Path, typer.Argument(help="Run directory that nobody is working in.")],
+    part_mb: Annotated[int, typer.Option(help="Size that merged part files are to reach, MB.")] = 256,
+) -> int:
+    """Merge small part files into larger ones: tables of many rows then open faster."""
+    from ipvg_ray.pipeline.compact import compact as merge
+
+    for name, (before, after) in merge(run_dir, part_mb << 20).items():
+        out.print(f"{name}: {before} parts, now {after}")
+    return EXIT_OK
+
+
+@app.command()
 def export(
     run_dir: Annotated[Path, typer.Argument(help="Run directory.")],
     target: Annotated[Path, typer.Argument(help="New folder.")],

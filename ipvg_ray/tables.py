@@ -6,9 +6,10 @@ Names that begin with a dot or an underscore are the engine's own; pandas, pyarr
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,8 @@ import pyarrow.parquet as pq
 from ipvg_ray import schema
 from ipvg_ray.errors import UserError
 
+T = TypeVar("T")
+_PATIENCE = 5
 INPUT_TABLES = ("identities", "samples")
 
 
@@ -67,11 +70,29 @@ def read_table(run_dir: str | Path, table: str | schema.Table, columns: Sequence
     keys = list(key_columns(table))
     wanted = list(full.names) if columns is None else [*keys, *(c for c in columns if c not in keys)]
     target = pa.schema([full.field(column) for column in wanted])
-    pieces = [pq.read_table(file, columns=wanted, partitioning=None) for file in parts(run_dir, table.name)]
+    pieces = read_parts(run_dir, table.name, lambda file: pq.read_table(file, columns=wanted, partitioning=None))[1]
     if not pieces:
         return target.empty_table()
     rows = pa.concat_tables([piece.select(wanted).cast(target) for piece in pieces])
     return rows if table.grain == "failure" else first_of_each(rows, table.key[0])
+
+
+def read_parts(
+    run_dir: str | Path, name: str, read: Callable[[Path], T], threads: int = 1
+) -> tuple[list[Path], list[T]]:
+    """Apply `read` to every part file of a table; begins again where a compaction takes one away meanwhile.
+
+    Returns:
+        The files, and what was read of each.
+    """
+    for _ in range(_PATIENCE):
+        files = parts(run_dir, name)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                return files, list(pool.map(read, files))
+        except FileNotFoundError:
+            continue
+    raise FileNotFoundError(f"the part files of {run_dir}/{name} keep changing; is something else removing them?")
 
 
 def first_of_each(table: pa.Table, key: str) -> pa.Table:

@@ -38,6 +38,9 @@ from ipvg_ray.media.names import safe_name
 
 ENGINE = "_engine"
 FINGERPRINT = b"ipvg_ray.fingerprint"
+MERGED = "merged"
+"""In the names of parts that stand for several; their metadata lists them under `MERGED_FROM`."""
+MERGED_FROM = b"ipvg_ray.merged_from"
 
 
 class RunLockedError(UserError):
@@ -90,6 +93,14 @@ class Store:
                 shutil.rmtree(leftover, ignore_errors=True)
         for folder in ("tmp", "tries", "journal", "tickets"):
             (self.session_dir / folder).mkdir(parents=True, exist_ok=True)
+        self._remove_merged()
+
+    def _remove_merged(self) -> None:
+        """Remove parts that a merged part stands for, where whoever merged them was killed before."""
+        for merged in self.run_dir.glob(f"*/part-*-{MERGED}-*.parquet"):
+            names = (pq.read_schema(merged).metadata or {}).get(MERGED_FROM, b"[]")
+            for name in json.loads(names):
+                (merged.parent / name).unlink(missing_ok=True)
 
     def end(self) -> None:
         """Close this session's folders that serve only while it lasts; the journal stays, if it tells anything."""
@@ -103,21 +114,17 @@ class Store:
 
     def publish_bytes(self, place: Path, data: bytes) -> None:
         """Put a file in its place whole. Raises FileNotFoundError where this session has been fenced off."""
-        temporary = self._temporary()
-        with temporary.open("xb") as stream:
-            stream.write(data)
-            _settle(stream)
-        self._move(temporary, place)
+        temporary = self.temporary()
+        temporary.write_bytes(data)
+        self.publish_file(temporary, place)
 
     def publish_table(self, name: str, part: str, table: pa.Table, fingerprint: str = "") -> Path:
         """Append `table` to the run's table `name` as the part file `part-<session>-<part>.parquet`."""
         metadata = {**(table.schema.metadata or {}), FINGERPRINT: fingerprint.encode()}
-        temporary = self._temporary()
-        with temporary.open("xb") as stream:
-            pq.write_table(table.replace_schema_metadata(metadata), stream, compression="zstd")
-            _settle(stream)
+        temporary = self.temporary()
+        pq.write_table(table.replace_schema_metadata(metadata), temporary, compression="zstd")
         place = self.part(name, part)
-        self._move(temporary, place)
+        self.publish_file(temporary, place)
         return place
 
     def part(self, name: str, part: str) -> Path:
@@ -134,11 +141,15 @@ class Store:
         """Replace run.json."""
         self.publish_bytes(self.run_dir / "run.json", json.dumps(run, indent=2, ensure_ascii=False).encode())
 
-    def _temporary(self) -> Path:
+    def temporary(self) -> Path:
+        """A new name in this session's `tmp` folder, for a file that will be published."""
         return self.session_dir / "tmp" / uuid.uuid4().hex
 
     @staticmethod
-    def _move(temporary: Path, place: Path) -> None:
+    def publish_file(temporary: Path, place: Path) -> None:
+        """Give a finished temporary file its place. Raises FileNotFoundError where this session has been fenced off."""
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())  # before it gets its name: a power cut must not leave a torn part
         try:
             os.replace(temporary, place)
         except FileNotFoundError:
@@ -242,9 +253,3 @@ def remove_table(run_dir: Path, name: str) -> None:
 def failures_table(rows: list[dict[str, Any]]) -> pa.Table:
     """Rows of the failures table from dictionaries."""
     return pa.Table.from_pylist(rows, schema=tables.stored_schema("failures"))
-
-
-def _settle(stream: IO[bytes]) -> None:
-    """Force a file's bytes to disk before it gets its name, so that a power cut cannot leave a torn part."""
-    stream.flush()
-    os.fsync(stream.fileno())

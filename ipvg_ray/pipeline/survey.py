@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,9 +127,8 @@ def read_index(run_dir: Path, name: str, key: str, fingerprint: str | None = Non
     Raises:
         InconsistentRunError: where a part cannot be read, or carries another fingerprint.
     """
-    files = tables.parts(run_dir, name)
-    with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) * 4)) as pool:
-        columns = list(pool.map(lambda file: _read_keys(file, key, fingerprint), files))
+    threads = min(16, (os.cpu_count() or 1) * 4)
+    files, columns = tables.read_parts(run_dir, name, lambda file: _read_keys(file, key, fingerprint), threads)
     starts = np.concatenate([[0], np.cumsum([len(c) for c in columns])]).astype(np.int64)
     keys = pa.chunked_array(columns, pa.string()).combine_chunks()
     return Index(files, starts, keys)
@@ -146,6 +144,8 @@ def _read_keys(file: Path, key: str, fingerprint: str | None) -> pa.Array:
                     f"use --redo-from {file.parent.name}, or --fork into a new directory"
                 )
             return parquet.read([key]).column(0).combine_chunks().cast(pa.string())
+    except FileNotFoundError:
+        raise  # a compaction merged it meanwhile: the caller lists the parts anew
     except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
         name = file.parent.name
         mend = "start a new run directory" if name in tables.INPUT_TABLES else f"use --redo-from {name}"

@@ -1,0 +1,84 @@
+"""Merge a run's small part files into larger ones; readers see every row once at every moment.
+
+A merged part is published before the parts it replaces are removed, and it names them in its metadata. In between a row
+stands in two files: this package's readers take the first of each key, and a start that finds such leftovers of a kill
+removes them before it looks at anything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from ipvg_ray import tables
+from ipvg_ray.pipeline.store import FINGERPRINT, MERGED, MERGED_FROM, Store, batch_digest, lock, new_session
+
+_SMALL = 0.5
+"""Parts below this share of the wanted size are merged; larger ones are left alone."""
+
+
+def compact(run_dir: Path, part_bytes: int = 256 << 20) -> dict[str, tuple[int, int]]:
+    """Merge the small parts of every table of a run that nobody is working in.
+
+    Args:
+        part_bytes: size that merged parts are to reach, about; compressed bytes.
+
+    Returns:
+        Per table, the number of parts before and after.
+
+    Raises:
+        NotARunError: where the folder is no run.
+        RunLockedError: where another process is at work in it.
+    """
+    names = [*tables.read_run(run_dir)["stages"], "failures"]
+    with lock(run_dir):
+        store = Store(run_dir.resolve(), new_session())
+        store.begin()
+        try:
+            return {name: _compact_table(store, name, part_bytes) for name in names}
+        finally:
+            store.end()
+
+
+def _compact_table(store: Store, name: str, part_bytes: int) -> tuple[int, int]:
+    before = tables.parts(store.run_dir, name)
+    for group in groups([(part, part.stat().st_size) for part in before], part_bytes):
+        _merge(store, name, group)
+    return len(before), len(tables.parts(store.run_dir, name))
+
+
+def groups(parts: Sequence[tuple[Path, int]], part_bytes: int) -> Iterator[list[Path]]:
+    """Runs of small parts that together make about `part_bytes`; no group of one."""
+    group: list[Path] = []
+    filled = 0
+    for part, size in parts:
+        if size >= part_bytes * _SMALL:
+            continue
+        if group and filled + size > part_bytes:
+            if len(group) > 1:
+                yield group
+            group, filled = [], 0
+        group.append(part)
+        filled += size
+    if len(group) > 1:
+        yield group
+
+
+def _merge(store: Store, name: str, parts: Sequence[Path]) -> None:
+    """One file in place of several, written row group by row group so that memory stays bounded."""
+    names = [part.name for part in parts]
+    first = pq.read_schema(parts[0])
+    metadata = {MERGED_FROM: json.dumps(names).encode(), FINGERPRINT: (first.metadata or {}).get(FINGERPRINT, b"")}
+    schema = first.with_metadata(metadata)
+    temporary = store.temporary()
+    with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for part in parts:
+            with pq.ParquetFile(part) as source:
+                for batch in source.iter_batches(batch_size=1024):
+                    writer.write_batch(batch.replace_schema_metadata(metadata))
+    store.publish_file(temporary, store.part(name, f"{MERGED}-{batch_digest(names)}"))
+    for part in parts:
+        part.unlink()
