@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from ipvg_ray.models.chat_engine import Answer, ChatFolderError, Message, PromptTooLongError
 from ipvg_ray.models.chat_tokens import ChatTokenizer
+from ipvg_ray.models.quiet import no_bars
 
 
 class ChatModel:
@@ -42,7 +42,7 @@ class ChatModel:
             raise ChatFolderError(f"{folder} holds no config.json; give the folder of a Qwen3 model")
         self.tokens = ChatTokenizer(folder)
         loader: Any = AutoModelForCausalLM
-        with quiet_progress():
+        with no_bars():
             model, loaded = loader.from_pretrained(
                 folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
             )
@@ -183,17 +183,3 @@ def _end_ids(generation_config: Any, tokens: ChatTokenizer) -> list[int]:
     if not ids:
         raise ChatFolderError(f"{tokens.folder} names no token that ends an answer (eos_token_id)")
     return ids
-
-
-@contextmanager
-def quiet_progress() -> Iterator[None]:
-    """No progress bars of transformers inside."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -7,8 +7,6 @@ Jiang et al., "VACE: All-in-One Video Creation and Editing", arXiv 2503.07598. T
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+
+from ipvg_ray.models.quiet import no_bars
 
 logger = logging.getLogger(__name__)
 
@@ -25,22 +25,6 @@ MAX_TEXT_TOKENS = 512
 
 class VaceError(ValueError):
     """A folder that holds no VACE model, inputs that it cannot take, or a result that is no picture."""
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Switch off the bars that diffusers and transformers draw while they load and save."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    drawing = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    for library in drawing:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in drawing:
-            library.enable_progress_bar()
 
 
 def load(folder: Path, *, dtype: torch.dtype, device: str, shift: float) -> Any:
@@ -62,7 +46,7 @@ def load(folder: Path, *, dtype: torch.dtype, device: str, shift: float) -> Any:
     index = folder / "model_index.json"
     if not index.is_file() or '"WanVACEPipeline"' not in index.read_text():
         raise VaceError(f"{folder} holds no WanVACEPipeline; give the folder of a Wan2.1-VACE-…-diffusers checkpoint")
-    with no_progress_bars():
+    with no_bars():
         pipeline = WanVACEPipeline.from_pretrained(
             folder, dtype={"default": dtype, "vae": torch.float32}, local_files_only=True
         )

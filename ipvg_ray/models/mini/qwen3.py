@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ipvg_ray.models.chat import quiet_progress
+from ipvg_ray.models.quiet import no_bars
 
 NAME = "mini-qwen3"
 
@@ -48,7 +48,7 @@ def make(root: Path, seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer()
     tokenizer.save_pretrained(folder)
-    with quiet_progress():
+    with no_bars():
         _model(tokenizer, seed).save_pretrained(folder)
 
 

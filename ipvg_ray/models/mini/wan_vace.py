@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ipvg_ray.models.vace import no_progress_bars
+from ipvg_ray.models.quiet import no_bars
 
 NAME = "mini-wan-vace"
 
@@ -38,7 +38,7 @@ def make(root: Path, seed: int = 0) -> None:
             scheduler=_scheduler(),
             transformer=_transformer(),
         )
-    with no_progress_bars():
+    with no_bars():
         pipeline.save_pretrained(root / NAME)
 
 
