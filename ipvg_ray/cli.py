@@ -62,7 +62,9 @@ def run(
     stages = make_stages(settings, until)
     target = fork or out_dir
     values = settings.model_dump(mode="json")
-    request = engine.Request(target, values, settings.seed, stages, redo_from, retry_failures, in_turn)
+    request = engine.Request(
+        target, values, settings.seed, stages, redo_from, retry_failures, in_turn, grace_s=settings.stop_grace_s
+    )
     if fork is not None:
         engine.require_models(stages)
         kept = engine.fork(out_dir, request)

@@ -242,6 +242,7 @@ class Config(Section):
     video: VideoConfig = VideoConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
+    stop_grace_s: float = Field(30.0, ge=0)
 
     @model_validator(mode="after")
     def _one_face_pack(self) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -85,7 +86,13 @@ def test_sigterm_ends_the_run_and_it_can_go_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output.decode()
+    assert b"rows in work have 30 s to finish" in output
     assert b"OUTCOME interrupted" in output
+    began, ended = 0, 0
+    for journal in run_dir.glob("_engine/*/journal/*.jsonl"):
+        events = [json.loads(line)["event"] for line in journal.read_text().splitlines()]
+        began, ended = began + events.count("begin"), ended + events.count("end")
+    assert began == ended > 0, "what was in work was finished"
     assert tables.read_run(run_dir)["sessions"][-1]["outcome"] == "interrupted"
     process = start(run_dir, [])
     output, _ = process.communicate(timeout=300)

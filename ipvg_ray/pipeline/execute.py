@@ -20,6 +20,7 @@ from ray.data.block import BlockMetadata
 from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.plan import Step
 from ipvg_ray.pipeline.stage import Resources
+from ipvg_ray.pipeline.store import Store
 from ipvg_ray.pipeline.tickets import TicketFile, read_rows
 from ipvg_ray.pipeline.worker import Event, Worker, WorkerSpec, WorkerStartError
 
@@ -53,10 +54,11 @@ class _Mailbox:
 class _Tickets(Datasource):
     """Ray's view of a ticket file: read tasks over ranges of it, each giving blocks of `block` rows."""
 
-    def __init__(self, tickets: TicketFile, block: int) -> None:
+    def __init__(self, tickets: TicketFile, block: int, store: Store) -> None:
         super().__init__()
         self.tickets = tickets
         self.block = block
+        self.store = store
 
     def get_name(self) -> str:
         return f"read_{self.tickets.path.stem}"
@@ -69,14 +71,14 @@ class _Tickets(Datasource):
 
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
         span = -(-self.tickets.rows // self.tasks())
-        tickets, block = self.tickets, self.block
+        tickets, block, store = self.tickets, self.block, self.store
         result = []
         for start in range(0, tickets.rows, span):
             stop = min(start + span, tickets.rows)
             metadata = BlockMetadata(num_rows=stop - start, size_bytes=None, input_files=None, exec_stats=None)
 
             def read(start: int = start, stop: int = stop) -> Iterator[pa.Table]:
-                return read_rows(tickets, start, stop, block)
+                return read_rows(tickets, start, stop, block, store.stopping)
 
             result.append(ReadTask(read, metadata, schema=tickets.arriving))
         return result
@@ -210,15 +212,15 @@ def _dataset(
             dataset = dataset.repartition(target_num_rows_per_block=batch)
         entering = tickets.get(step.name)
         if entering is not None and entering.rows:
-            fresh = _read(entering, batch)
+            fresh = _read(entering, batch, specs[step.name].store)
             dataset = fresh if dataset is None else dataset.union(fresh)
         if dataset is not None:
             dataset = _map(dataset, step, specs[step.name], mailbox)
     return dataset
 
 
-def _read(entering: TicketFile, batch: int) -> Dataset:
-    source = _Tickets(entering, batch)
+def _read(entering: TicketFile, batch: int, store: Store) -> Dataset:
+    source = _Tickets(entering, batch, store)
     fresh = ray.data.read_datasource(source, override_num_blocks=source.tasks(), num_cpus=READ_CPUS)
     return fresh.repartition(target_num_rows_per_block=batch)
 

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from ipvg_ray.pipeline import progress as shown
 from ipvg_ray.pipeline.plan import Step
 from ipvg_ray.pipeline.rundir import ChangedError, Freeze, Opened, Request, fork, now, opened, require_models
+from ipvg_ray.pipeline.store import Store
 from ipvg_ray.pipeline.survey import Counts
 from ipvg_ray.pipeline.tickets import write_tickets
 from ipvg_ray.pipeline.worker import WorkerSpec
@@ -22,7 +23,7 @@ __all__ += ["fork", "opened", "require_models", "run", "specs"]
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGTERM. Like Ctrl-C it must pass through every `except Exception` on its way."""
+    """The run is to end now. Like Ctrl-C it must pass through every `except Exception` on its way."""
 
 
 @dataclass
@@ -60,8 +61,9 @@ def run(request: Request, freeze: Freeze) -> Result:
         log = this.store.session_dir / "ray.log"
         try:
             if any(len(rows) for rows in this.found.entry.values()):
-                with shown.own_terminal(log) as terminal, _signals():
+                with shown.own_terminal(log) as terminal, _signals(this.store, request.grace_s, terminal):
                     _execute(this, request, seen, terminal)
+            result.outcome = "interrupted" if this.store.stopping() else "complete"
         except KeyboardInterrupt:
             result.outcome = "interrupted"
         except BaseException as error:
@@ -94,7 +96,7 @@ def _execute(this: Opened, request: Request, seen: shown.Progress, terminal: Tex
 
     try:
         execute.connect()
-        with _signals():  # again: ray.init puts its own handlers in place
+        with _signals(this.store, request.grace_s, terminal):  # again: ray.init puts its own handlers in place
             first = next(i for i, step in enumerate(this.steps) if len(this.found.entry[step.name]))
             groups = execute.phases(this.steps[first:], request.in_turn, say)
             with shown.Display(seen, terminal) as display:
@@ -104,6 +106,8 @@ def _execute(this: Opened, request: Request, seen: shown.Progress, terminal: Tex
                     display.tick()
 
                 for number, group in enumerate(groups):
+                    if this.store.stopping():
+                        break
                     names = {step.name for step in group}
                     found = this.found if number == 0 else this.survey()
                     tickets = {
@@ -129,17 +133,24 @@ def _tally(seen: shown.Progress, steps: Sequence[Step]) -> dict[str, dict[str, A
 
 
 @contextmanager
-def _signals() -> Iterator[None]:
-    """Turn SIGTERM into `Interrupted`, as Ctrl-C is turned into KeyboardInterrupt."""
+def _signals(store: Store, grace: float, terminal: TextIO) -> Iterator[None]:
+    """On SIGTERM or Ctrl-C let rows in work finish, for `grace` seconds at most; a second signal ends it at once."""
 
-    def interrupt(number: int, frame: Any) -> None:
+    def stop(number: int, frame: Any) -> None:
+        if store.stopping() or not grace:
+            raise Interrupted
+        store.stop()
+        signal.setitimer(signal.ITIMER_REAL, grace)
+        print(f"stopping: rows in work have {grace:g} s to finish; once more ends them now", file=terminal, flush=True)
+
+    def abandon(number: int, frame: Any) -> None:
         raise Interrupted
 
-    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-    signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    handlers = {signal.SIGTERM: stop, signal.SIGINT: stop, signal.SIGALRM: abandon}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -48,6 +48,7 @@ class Request:
         retry_failures: try rows that failed again.
         in_turn: run stages in groups that fit the nodes there are now, also on a cluster that others started.
         max_deaths: worker deaths after which a row is set aside.
+        grace_s: seconds that rows in work have to finish when the run is asked to stop.
     """
 
     run_dir: Path
@@ -58,6 +59,7 @@ class Request:
     retry_failures: bool = False
     in_turn: bool = False
     max_deaths: int = 3
+    grace_s: float = 30.0
 
 
 @dataclass(frozen=True)

@@ -106,9 +106,18 @@ class Store:
         """Close this session's folders that serve only while it lasts; the journal stays, if it tells anything."""
         for folder in ("tmp", "tries", "tickets"):
             shutil.rmtree(self.session_dir / folder, ignore_errors=True)
+        (self.session_dir / "stop").unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty
             (self.session_dir / "journal").rmdir()
             self.session_dir.rmdir()
+
+    def stop(self) -> None:
+        """Ask this session's readers and workers to begin nothing more."""
+        (self.session_dir / "stop").touch()
+
+    def stopping(self) -> bool:
+        """Whether that has been asked."""
+        return (self.session_dir / "stop").exists()
 
     # -- files ---------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ finished row from its checkpoint instead of computing it again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,13 @@ def _places(index: Index, part: dict[str, np.ndarray], name: str) -> dict[str, l
     return {"files": [str(index.files[f]) for f in files], "starts": index.starts[files].tolist()}
 
 
-def read_rows(tickets: TicketFile, start: int, stop: int, block: int) -> Iterator[pa.Table]:
-    """Rebuild the rows of tickets `start` to `stop`, in tables of at most `block` rows of schema `tickets.arriving`."""
+def read_rows(
+    tickets: TicketFile, start: int, stop: int, block: int, stopping: Callable[[], bool] = lambda: False
+) -> Iterator[pa.Table]:
+    """Rebuild the rows of tickets `start` to `stop`, in tables of at most `block` rows of schema `tickets.arriving`.
+
+    Ends early once `stopping` says so.
+    """
     with pq.ParquetFile(tickets.path) as parquet:
         for chunk in range(start // CHUNK, -(-stop // CHUNK)):
             first = chunk * CHUNK
@@ -90,6 +95,8 @@ def read_rows(tickets: TicketFile, start: int, stop: int, block: int) -> Iterato
             chosen = parquet.read_row_group(chunk).slice(low - first, high - low)
             indexes = _indexes(_sidecar(tickets.path, chunk))
             for offset in range(0, chosen.num_rows, block):
+                if stopping():
+                    return
                 yield _rebuild(tickets, chosen.slice(offset, block), indexes)
 
 

@@ -111,7 +111,8 @@ class Worker:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Run a batch of schema `step.arriving`; returns the finished rows as the next stage wants them."""
         keys: list[str] = batch[self.step.key].to_pylist()
-        added = self._checkpointed(batch, keys) if keys else {}
+        # Rows that are not begun because the run is to stop stay undone, and are done by the next start.
+        added = self._checkpointed(batch, keys) if keys and not self.store.stopping() else {}
         finished = [i for i, key in enumerate(keys) if key in added]
         passed = batch.take(pa.array(finished, pa.int64()))
         return self._leaving(passed, [added[keys[i]] for i in finished])
