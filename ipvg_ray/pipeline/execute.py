@@ -9,13 +9,17 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray 2.60 writes a token at the first local start; be consistent
+if not os.environ.get("RAY_ADDRESS"):
+    # A local start writes a token, and a second start wants the first one's mode. A cluster that others started has a
+    # mode of its own: with another one, actors of a driver that joins it die before they run.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers see the machine as it is; no warning
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.plan import Step
@@ -28,6 +32,8 @@ READ_CPUS = 0.5
 _READ_ROWS = 256
 """Rows one read task rebuilds: enough that a million rows are a few thousand tasks."""
 _POLL_SECONDS = 0.5
+_START_TRIES = 4
+"""Workers of a stage that may fail to start one after another before the run ends."""
 _WORDS = 10
 """Lines of a worker's own words that are shown: torch explains a wrong checkpoint over several."""
 
@@ -187,9 +193,12 @@ def execute(
     """
     context = DataContext.get_current()
     context.enable_progress_bars = False
+    # A worker whose node dies, or that Ray Data gives up while it still loads, counts as one that could not start.
+    context.max_consecutive_actor_init_deaths = _START_TRIES
     context.execution_no_progress_timeout_s = -1  # one video may take longer than Ray's half hour
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    mailbox = _Mailbox.remote()  # type: ignore[attr-defined]
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    mailbox = _Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined] # lives as long as we do
     dataset = _dataset(steps, specs, tickets, mailbox)
     if dataset is None:
         return
