@@ -124,7 +124,7 @@ def test_a_machine_too_small_for_all_stages_runs_them_in_turn(tmp_path: Path) ->
 
 
 def test_a_stage_that_fits_nowhere_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match=r"first asks for 99.5 CPUs, and there are"):
+    with pytest.raises(ResourceError, match=r"first asks for 100 CPUs, and there are"):
         engine.run(request(tmp_path / "run", cpus=99.0), freeze_fake(1, 1))
 
 

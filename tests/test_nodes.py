@@ -16,9 +16,9 @@ pytestmark = pytest.mark.slow
 CLUSTER = """
 import os, subprocess, sys
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
 for _ in range(2):
-    cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=2)
 done = subprocess.run(sys.argv[1:], env=os.environ | {"RAY_ADDRESS": cluster.address})
 cluster.shutdown()
 sys.exit(done.returncode)

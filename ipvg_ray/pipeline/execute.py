@@ -29,6 +29,8 @@ from ipvg_ray.pipeline.tickets import TicketFile, read_rows
 from ipvg_ray.pipeline.worker import Event, Worker, WorkerSpec, WorkerStartError
 
 READ_CPUS = 0.5
+_HELPER_CPUS = 1.0
+"""What Ray Data's own tasks, which cut streams into batches, want free on one node; it cannot be lowered."""
 _READ_ROWS = 256
 """Rows one read task rebuilds: enough that a million rows are a few thousand tasks."""
 _POLL_SECONDS = 0.5
@@ -135,9 +137,9 @@ def phases(steps: Sequence[Step], in_turn: bool, say: Callable[[str], None]) -> 
 
 
 def _lacking(steps: Sequence[Step], there: dict[str, float], cards: Sequence[float]) -> str:
-    """What the smallest pools of these steps, and one reader, want beyond what is there; empty where they fit."""
+    """What these steps' smallest pools, and Ray Data's own tasks, want beyond what is there; empty where they fit."""
     pools = [step.stage.resources() for step in steps]
-    wanted = {"CPU": READ_CPUS + sum(p.cpus * p.min_workers for p in pools)}
+    wanted = {"CPU": _HELPER_CPUS + sum(p.cpus * p.min_workers for p in pools)}
     wanted["memory"] = sum(p.memory_gb * 2**30 * p.min_workers for p in pools)
     wanted["GPU"] = sum(p.gpus * p.min_workers for p in pools)
     short = [
