@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from ipvg_ray.config import DatasetConfig
 from ipvg_ray.dataset.places import open_place, ordered_map
@@ -68,7 +68,7 @@ def _verify(candidate: Candidate, config: DatasetConfig) -> Picture | ImageError
 def _explained(error: ImageError, name: str, config: DatasetConfig) -> ImageError:
     """The same refusal with the picture's name and the mend; what Pillow says of a stream in memory is no help."""
     cause = error.__cause__
-    if error.kind == "image_too_large" or isinstance(cause, Image.DecompressionBombError):
+    if error.kind == "image_too_large":
         most = config.max_image_pixels
         return ImageError(
             "image_too_large", f"{name} is above {most} pixels; shrink it, or raise dataset.max_image_pixels"
