@@ -22,10 +22,12 @@ from ipvg_ray.cli_options import (
     EXIT_USAGE,
     File,
     Profile,
+    RunDir,
     Set,
     out,
 )
 from ipvg_ray.errors import UserError
+from ipvg_ray.storage import RunPath, run_path
 
 HELP = "Turn a set of faces and prompts into identity-preserving videos; resumable, on a laptop or a cluster."
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
@@ -34,14 +36,17 @@ app.add_typer(cli_models.app, name="models")
 app.add_typer(dataset_app, name="dataset")
 
 Input = Annotated[str | None, typer.Argument(help="Identity set: folder, file or s3:// URI. Leave out to resume.")]
-Run = Annotated[Path, typer.Option("--out", "-o", help="Run directory; made if new, resumed if not.")]
+Run = Annotated[
+    Any,
+    typer.Option("--out", "-o", parser=run_path, help="Run directory, local or s3://; made if new, resumed if not."),
+]
 Until = Annotated[str | None, typer.Option(help="Last stage to run.")]
 
 
 @app.command()
 def run(
     source: Input = None,
-    out_dir: Run = Path("run"),
+    out_dir: Run = "run",
     profile: Profile = None,
     file: File = None,
     overrides: Set = [],  # noqa: B006 - typer wants a list
@@ -49,7 +54,7 @@ def run(
     strict: Annotated[bool, typer.Option(help="Stop at the first problem in the identity set.")] = False,
     retry_failures: Annotated[bool, typer.Option(help="Try rows that failed again.")] = False,
     redo_from: Annotated[str | None, typer.Option(help="Remove this stage's and later results first.")] = None,
-    fork: Annotated[Path | None, typer.Option(help="Start this new run directory from what is still valid.")] = None,
+    fork: Annotated[Any, typer.Option(parser=run_path, help="Start this new run from what is still valid.")] = None,
     in_turn: Annotated[
         bool, typer.Option(help="On a cluster that will not grow: stages in groups that fit it.")
     ] = False,
@@ -76,7 +81,7 @@ def run(
 @app.command()
 def plan(
     source: Input = None,
-    out_dir: Run = Path("run"),
+    out_dir: Run = "run",
     profile: Profile = None,
     file: File = None,
     overrides: Set = [],  # noqa: B006
@@ -96,7 +101,7 @@ def plan(
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(help="Run directory.")]) -> int:
+def report(run_dir: RunDir) -> int:
     """Write <run>/report.html from the run's files, also while it is running."""
     from ipvg_ray.report.page import write_report
 
@@ -107,7 +112,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Run directory.")]) -> i
 
 @app.command()
 def status(
-    run_dir: Annotated[Path, typer.Argument(help="Run directory.")],
+    run_dir: RunDir,
     as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
 ) -> int:
     """Say how a run stands, live or dead, from its files alone."""
@@ -136,7 +141,7 @@ def status(
 
 @app.command()
 def failures(
-    run_dir: Annotated[Path, typer.Argument(help="Run directory.")],
+    run_dir: RunDir,
     stage: Annotated[str | None, typer.Option(help="Only this stage's (dataset: the identity set's).")] = None,
     kind: Annotated[str | None, typer.Option(help="Only of this kind.")] = None,
     row: Annotated[str | None, typer.Option(help="Only this identity's or sample's, with its traceback.")] = None,
@@ -170,7 +175,7 @@ def failures(
 
 @app.command()
 def replay(
-    run_dir: Annotated[Path, typer.Argument(help="Run directory.")],
+    run_dir: RunDir,
     stage: Annotated[str, typer.Argument(help="The stage to run.")],
     row: Annotated[str, typer.Argument(help="The identity's or sample's id.")],
     media: Annotated[Path, typer.Option(help="Folder for videos that the stage makes.")] = Path("replay"),
@@ -196,10 +201,10 @@ def replay(
 
 @app.command()
 def compact(
-    run_dir: Annotated[Path, typer.Argument(help="Run directory that nobody is working in.")],
+    run_dir: RunDir,
     part_mb: Annotated[int, typer.Option(help="Size that merged part files are to reach, MB.")] = 256,
 ) -> int:
-    """Merge small part files into larger ones: tables of many rows then open faster."""
+    """Merge small part files of a run that nobody is working in: tables of many rows then open faster."""
     from ipvg_ray.pipeline.compact import compact as merge
 
     for name, (before, after) in merge(run_dir, part_mb << 20).items():
@@ -209,7 +214,7 @@ def compact(
 
 @app.command()
 def export(
-    run_dir: Annotated[Path, typer.Argument(help="Run directory.")],
+    run_dir: RunDir,
     target: Annotated[Path, typer.Argument(help="New folder.")],
 ) -> int:
     """Write finished samples in the original layout: idNNN/promptK.mp4, first frames, prompt tables."""
@@ -247,7 +252,7 @@ def version() -> int:
 
 
 def _settings(
-    run_dir: Path, source: str | None, profile: str | None, file: Path | None, overrides: list[str], strict: bool
+    run_dir: RunPath, source: str | None, profile: str | None, file: Path | None, overrides: list[str], strict: bool
 ) -> config.Config:
     """The configuration asked for; on an existing run its own is the base, unless a profile or a file is named."""
     dataset: dict[str, Any] = {"strict": True} if strict else {}
@@ -308,7 +313,7 @@ def _print_plan(settings: config.Config, this: Any) -> None:
             out.print(f"  {step.name}.{field}: {path}", markup=False)
 
 
-def _conclude(run_dir: Path, result: Any) -> int:
+def _conclude(run_dir: RunPath, result: Any) -> int:
     from ipvg_ray.pipeline.progress import duration
     from ipvg_ray.report.page import write_report
 

@@ -51,7 +51,9 @@ class PoolConfig(Section):
 
     min_workers: int = Field(1, ge=1)
     max_workers: int = Field(1, ge=1)
+    initial_workers: int = Field(0, ge=0)
     batch_size: int = Field(1, ge=1)
+    concurrency: int = Field(1, ge=1)
     cpus: float = Field(1.0, ge=0)
     gpus: float = Field(0.0, ge=0)
     memory_gb: float = Field(0.0, ge=0)
@@ -63,6 +65,8 @@ class PoolConfig(Section):
     def _possible(self) -> PoolConfig:
         if self.max_workers < self.min_workers:
             raise ValueError(f"max_workers is {self.max_workers}, below min_workers {self.min_workers}")
+        if self.initial_workers and not self.min_workers <= self.initial_workers <= self.max_workers:
+            raise ValueError(f"initial_workers is {self.initial_workers}; it must lie between min_ and max_workers")
         if self.gpus > 1 and self.gpus != int(self.gpus):
             raise ValueError(f"gpus is {self.gpus}: use a share below 1, or a whole number of cards")
         return self

@@ -8,16 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ipvg_ray import schema
 from ipvg_ray.errors import UserError
+from ipvg_ray.storage import RunPath, parquet, run_path
 
 T = TypeVar("T")
 _PATIENCE = 5
@@ -51,12 +50,19 @@ def stored_schema(table: str | schema.Table) -> pa.Schema:
     return pa.schema(fields)
 
 
-def parts(run_dir: str | Path, name: str) -> list[Path]:
+def parts(run_dir: str | RunPath, name: str) -> list[RunPath]:
     """Part files of a table, sorted by name; empty where the table has not been begun."""
-    return sorted(p for p in (Path(run_dir) / name).glob("*.parquet") if not p.name.startswith((".", "_")))
+    found = (run_path(run_dir) / name).glob("*.parquet")
+    return sorted((p for p in found if not p.name.startswith((".", "_"))), key=lambda p: p.name)
 
 
-def read_table(run_dir: str | Path, table: str | schema.Table, columns: Sequence[str] | None = None) -> pa.Table:
+def read_part(file: RunPath, columns: Sequence[str] | None = None) -> pa.Table:
+    """One part file, whole or some columns of it. Raises FileNotFoundError."""
+    with parquet(file) as opened:
+        return opened.read(None if columns is None else list(columns))
+
+
+def read_table(run_dir: str | RunPath, table: str | schema.Table, columns: Sequence[str] | None = None) -> pa.Table:
     """A whole table, each key once, in the order of the part files.
 
     Args:
@@ -70,7 +76,7 @@ def read_table(run_dir: str | Path, table: str | schema.Table, columns: Sequence
     keys = list(key_columns(table))
     wanted = list(full.names) if columns is None else [*keys, *(c for c in columns if c not in keys)]
     target = pa.schema([full.field(column) for column in wanted])
-    pieces = read_parts(run_dir, table.name, lambda file: pq.read_table(file, columns=wanted, partitioning=None))[1]
+    pieces = read_parts(run_dir, table.name, lambda file: read_part(file, wanted))[1]
     if not pieces:
         return target.empty_table()
     rows = pa.concat_tables([piece.select(wanted).cast(target) for piece in pieces])
@@ -78,8 +84,8 @@ def read_table(run_dir: str | Path, table: str | schema.Table, columns: Sequence
 
 
 def read_parts(
-    run_dir: str | Path, name: str, read: Callable[[Path], T], threads: int = 1
-) -> tuple[list[Path], list[T]]:
+    run_dir: str | RunPath, name: str, read: Callable[[RunPath], T], threads: int = 1
+) -> tuple[list[RunPath], list[T]]:
     """Apply `read` to every part file of a table; begins again where a compaction takes one away meanwhile.
 
     Returns:
@@ -102,14 +108,14 @@ def first_of_each(table: pa.Table, key: str) -> pa.Table:
     return table if len(first) == len(codes) else table.take(pa.array(np.sort(first)))
 
 
-def read_run(run_dir: str | Path) -> dict[str, Any]:
+def read_run(run_dir: str | RunPath) -> dict[str, Any]:
     """`run.json`: configuration, fingerprints and sessions of a run.
 
     Raises:
         NotARunError: where the folder is not a run directory; the message says so.
     """
-    path = Path(run_dir) / "run.json"
-    if not path.is_file():
-        raise NotARunError(f"{run_dir} is not a run directory: it holds no run.json")
-    run: dict[str, Any] = json.loads(path.read_text())
+    try:
+        run: dict[str, Any] = json.loads((run_path(run_dir) / "run.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotARunError(f"{run_dir} is not a run directory: it holds no run.json") from None
     return run

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
+import uuid
 from typing import Any
 
 import pyarrow as pa
 from engine_driver import freeze_fake
 
 from ipvg_ray.pipeline import run as engine
+from ipvg_ray.pipeline.ledger import TryLedger, Who
 from ipvg_ray.pipeline.store import Store
 from ipvg_ray.pipeline.tickets import read_rows, write_tickets
 from ipvg_ray.pipeline.worker import Worker
@@ -23,7 +26,7 @@ def drive(asked: engine.Request, luck: random.Random | None = None, identities: 
     with engine.opened(asked, freeze_fake(identities, prompts)) as this:
         files = [write_tickets(this.store.tickets_dir, this.steps, i, this.found) for i in range(len(this.steps))]
         queues: list[list[pa.Table]] = [list(read_rows(f, 0, f.rows, 3)) if f.rows else [] for f in files]
-        workers = [Worker(spec, "cpu") for spec in engine.specs(this, asked).values()]
+        workers = [make_worker(this, asked, step.name) for step in this.steps]
         steps_left = luck.randint(0, 12) if luck else 10**9
         while any(queues):
             stage = (luck or random.Random(0)).choice([i for i, queue in enumerate(queues) if queue])
@@ -40,6 +43,16 @@ def drive(asked: engine.Request, luck: random.Random | None = None, identities: 
                 assert left.schema.names == this.steps[stage + 1].arriving.names
                 queues[stage + 1].append(left)
         return this
+
+
+def make_worker(this: engine.Opened, asked: engine.Request, stage: str, ledger: TryLedger | None = None) -> Worker:
+    """A worker of a stage; to the ledger each call is another process of it."""
+    return Worker(engine.specs(this, asked)[stage], "cpu", ledger or TryLedger(), this_process())
+
+
+def this_process() -> Who:
+    """This process under another name at each call."""
+    return Who("worker", uuid.uuid4().hex, "node", os.uname().nodename, "/nowhere")
 
 
 def crash_somewhere(store: Store, luck: random.Random | None) -> None:

@@ -14,18 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 from engine_checks import check_complete, check_nothing_redone, raw_keys
 from engine_driver import STAGES, First, Second, Third, freeze_fake, request
-from engine_inprocess import Crash, drive
+from engine_inprocess import Crash, drive, make_worker, this_process
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ipvg_ray import tables
 from ipvg_ray.pipeline import run as engine
+from ipvg_ray.pipeline.lease import RunLockedError, lock
+from ipvg_ray.pipeline.ledger import TryLedger
 from ipvg_ray.pipeline.plan import PlanError, make_steps
 from ipvg_ray.pipeline.status import status
-from ipvg_ray.pipeline.store import RunLockedError, Store, batch_digest, lock, new_session, row_seed
+from ipvg_ray.pipeline.store import Store, batch_digest, new_session, row_seed
 from ipvg_ray.pipeline.survey import InconsistentRunError
 from ipvg_ray.pipeline.tickets import read_rows, write_tickets
-from ipvg_ray.pipeline.worker import Worker, WorkerSpec
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -68,10 +69,11 @@ def test_a_batch_delivered_again_and_again_is_written_once(seed: int, flaky: boo
         with engine.opened(asked, freeze_fake(3, 1)) as this:
             files = write_tickets(this.store.tickets_dir, this.steps, 0, this.found)
             batch = next(iter(read_rows(files, 0, 3, 3)))
-            for name in ("publish_table", "begin_try", "end_try"):
-                patch.setattr(Store, name, dying(getattr(Store, name)))
+            patch.setattr(Store, "publish_table", dying(Store.publish_table))
+            ledger = TryLedger()
+            ledger.begin, ledger.end = dying(ledger.begin), dying(ledger.end)  # type: ignore[method-assign]
             for _ in range(100):
-                worker = Worker(engine.specs(this, asked)["first"], "cpu")
+                worker = make_worker(this, asked, "first", ledger)
                 if flaky:
                     process = worker.stage.process
 
@@ -107,11 +109,10 @@ def test_a_session_that_was_fenced_off_cannot_publish(tmp_path: Path) -> None:
 def test_the_same_batch_again_is_read_back(tmp_path: Path) -> None:
     asked = request(tmp_path / "run")
     this = drive(asked)
-    step = this.steps[0]
     this.store.begin()
     files = write_tickets(this.store.tickets_dir, this.steps, 0, this.found)
     batch = next(iter(read_rows(files, 0, 2, 2)))
-    worker = Worker(WorkerSpec(step, this.store, asked.seed, this.prints["first"].digest), "cpu")
+    worker = make_worker(this, asked, "first")
     first = worker(batch)
 
     def explode(rows: Any) -> Any:
@@ -127,12 +128,16 @@ def test_a_worker_that_died_is_counted_and_the_row_set_aside(tmp_path: Path) -> 
         files = write_tickets(this.store.tickets_dir, this.steps, 0, this.found)
         batch = next(iter(read_rows(files, 0, 2, 2)))
         poison, fine = batch["identity_id"].to_pylist()
+        ledger = TryLedger()
         for _ in range(3):  # what three workers leave that died on this row
-            this.store.begin_try("first", batch_digest([poison]))
-        this.store.begin_try("first", batch_digest([poison, fine]))
-        worker = Worker(WorkerSpec(this.steps[0], this.store, 1, this.prints["first"].digest), "cpu")
+            ledger.begin("first", batch_digest([poison]), this_process())
+        ledger.begin("first", batch_digest([poison, fine]), this_process())
+        worker = make_worker(this, asked, "first", ledger)
         assert set(worker(batch)["identity_id"].to_pylist()) == {fine}
-        assert [f["kind"] for f in tables.read_table(asked.run_dir, "failures").to_pylist()] == ["worker_died"]
+        (failure,) = tables.read_table(asked.run_dir, "failures").to_pylist()
+        assert failure["kind"] == "worker_died"
+        assert "the 1 rows it came with were run without it" in failure["message"]
+        assert "it left no trace, as after SIGKILL" in failure["message"]
 
 
 def test_a_death_between_failures_and_rows_writes_nothing_twice(tmp_path: Path) -> None:
@@ -140,8 +145,8 @@ def test_a_death_between_failures_and_rows_writes_nothing_twice(tmp_path: Path) 
     with engine.opened(asked, freeze_fake(3, 1)) as this:
         files = write_tickets(this.store.tickets_dir, this.steps, 0, this.found)
         batch = next(iter(read_rows(files, 0, 3, 3)))
-        spec = WorkerSpec(this.steps[0], this.store, 1, this.prints["first"].digest)
-        worker = Worker(spec, "cpu")
+        ledger = TryLedger()
+        worker = make_worker(this, asked, "first", ledger)
         publish = Store.publish_table
 
         def dies(store: Store, name: str, *rest: Any) -> Path:
@@ -153,7 +158,7 @@ def test_a_death_between_failures_and_rows_writes_nothing_twice(tmp_path: Path) 
             patch.setattr(Store, "publish_table", dies)
             with pytest.raises(Crash):
                 worker(batch)
-        assert Worker(spec, "cpu")(batch).num_rows == 2
+        assert make_worker(this, asked, "first", ledger)(batch).num_rows == 2
         assert tables.read_table(asked.run_dir, "failures")["identity_id"].to_pylist() == ["id00001"]
         assert sorted(raw_keys(asked.run_dir, "first", "identity_id")) == ["id00000", "id00002"]
 
@@ -162,7 +167,7 @@ def test_bad_results_fail_their_row_only(tmp_path: Path) -> None:
     asked = request(tmp_path / "run")
     with engine.opened(asked, freeze_fake(3, 1)) as this:
         files = write_tickets(this.store.tickets_dir, this.steps, 0, this.found)
-        worker = Worker(WorkerSpec(this.steps[0], this.store, 1, this.prints["first"].digest), "cpu")
+        worker = make_worker(this, asked, "first")
         worker.stage.process = lambda rows: [{"total": None} if r["image_width"] == 1 else {"total": 5} for r in rows]  # type: ignore[method-assign]
         left = worker(next(iter(read_rows(files, 0, 3, 3))))
         assert left.num_rows == 2
@@ -193,11 +198,30 @@ def test_a_removed_table_is_named(tmp_path: Path) -> None:
         drive(request(tmp_path / "run"))
 
 
-def test_a_torn_part_is_named(tmp_path: Path) -> None:
+def test_a_torn_part_is_set_aside_and_its_rows_made_again(tmp_path: Path) -> None:
+    drive(request(tmp_path / "run"))
+    torn = tables.parts(tmp_path / "run", "third")[0]
+    torn.write_bytes(torn.read_bytes()[:-20])
+    drive(request(tmp_path / "run"))
+    check_complete(tmp_path / "run")
+    assert (tmp_path / "run" / "_engine" / "torn" / "third" / torn.name).is_file()
+
+
+def test_a_torn_part_that_later_stages_were_made_from_is_named(tmp_path: Path) -> None:
     drive(request(tmp_path / "run"))
     tables.parts(tmp_path / "run", "second")[0].write_bytes(b"PAR1")
-    with pytest.raises(InconsistentRunError, match=r"cannot be read.*--redo-from second"):
+    with pytest.raises(InconsistentRunError, match=r"whose second is missing; use --redo-from second"):
         drive(request(tmp_path / "run"))
+
+
+def test_a_part_that_only_repeats_others_is_removed_at_the_start(tmp_path: Path) -> None:
+    this = drive(request(tmp_path / "run"))
+    part = tables.parts(tmp_path / "run", "third")[0]
+    late = part.with_name(part.name.replace(this.store.session, new_session()))
+    late.write_bytes(part.read_bytes())
+    drive(request(tmp_path / "run"))
+    assert not late.exists()
+    check_complete(tmp_path / "run")
 
 
 def test_rows_and_counts_of_the_survey(tmp_path: Path) -> None:

@@ -14,12 +14,13 @@ from engine_inprocess import drive
 from ipvg_ray import tables
 from ipvg_ray.pipeline import run as engine
 from ipvg_ray.pipeline.fingerprint import model_digest
+from ipvg_ray.pipeline.lease import lock
 from ipvg_ray.pipeline.plan import PlanError
 from ipvg_ray.pipeline.replay import ReplayError, replay
 from ipvg_ray.pipeline.rundir import ForeignFilesError
 from ipvg_ray.pipeline.stage import RowError
 from ipvg_ray.pipeline.status import status
-from ipvg_ray.pipeline.store import Store, lock, new_session
+from ipvg_ray.pipeline.store import new_session
 
 
 def until(asked: engine.Request, last: int) -> engine.Request:
@@ -109,22 +110,11 @@ def test_status_of_runs_that_were_not_started_or_were_killed(tmp_path: Path) -> 
 def test_leftovers_of_killed_starts_are_cleared_away(tmp_path: Path) -> None:
     asked = request(tmp_path / "run")
     drive(asked)
-    for name in ("removed-1", "frozen-1", "20200101T000000-abc/tries", "20200101T000000-abc/tickets"):
+    for name in ("removed-1", "frozen-1", "20200101T000000-abc/traces", "20200101T000000-abc/tickets"):
         (asked.run_dir / "_engine" / name).mkdir(parents=True)
         (asked.run_dir / "_engine" / name / "x").write_bytes(b"x")
     drive(asked)
     assert not list((asked.run_dir / "_engine").rglob("x"))
-
-
-def test_a_setup_that_works_forgives_earlier_deaths(tmp_path: Path) -> None:
-    store = Store(tmp_path, new_session())
-    store.begin()
-    assert store.begin_setup("first") == 0
-    for process in (999_998, 999_999):  # marks of processes that are gone
-        (store.session_dir / "tries" / "first" / f"setup.{os.uname().nodename}.{process}").touch()
-    assert store.begin_setup("first") == 2
-    store.end_setup("first")
-    assert store.begin_setup("first") == 0
 
 
 def test_fingerprints_of_large_models_see_the_middle(tmp_path: Path) -> None:

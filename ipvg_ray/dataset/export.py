@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import csv
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ipvg_ray import tables
 from ipvg_ray.errors import UserError
 from ipvg_ray.media.images import decode, encode, image_bytes
 from ipvg_ray.media.names import safe_name
+from ipvg_ray.storage import RunPath, parquet
 
 _JPEG = b"\xff\xd8\xff"
 _FRAMES = 16  # first frames in memory at a time
@@ -36,11 +35,11 @@ class ExportError(UserError):
     """A run that cannot be exported whole; the message names what is missing."""
 
 
-def export(run_dir: Path, out: Path) -> int:
+def export(run_dir: RunPath, out: Path) -> int:
     """Write what a run has finished, in the original layout; files of an earlier export are replaced.
 
     Args:
-        run_dir: a local run directory; it may still be running.
+        run_dir: a run directory; it may still be running.
         out: made where it is missing.
 
     Returns:
@@ -61,10 +60,10 @@ def stem(identity_id: str, sample_id: str) -> str:
     return f"{safe_name(identity_id)}/{safe_name(sample_id.removeprefix(f'{identity_id}/'))}"
 
 
-def _write_frames(run_dir: Path, out: Path) -> None:
+def _write_frames(run_dir: RunPath, out: Path) -> None:
     for part in tables.parts(run_dir, "first_frame"):
-        with pq.ParquetFile(part) as parquet:
-            for batch in parquet.iter_batches(_FRAMES, columns=["identity_id", "sample_id", "first_frame"]):
+        with parquet(part) as opened:
+            for batch in opened.iter_batches(_FRAMES, columns=["identity_id", "sample_id", "first_frame"]):
                 for row in batch.to_pylist():
                     data = image_bytes(row["first_frame"])
                     if not data.startswith(_JPEG):
@@ -74,7 +73,7 @@ def _write_frames(run_dir: Path, out: Path) -> None:
                         path.write_bytes(data)
 
 
-def _copy_videos(run_dir: Path, out: Path) -> int:
+def _copy_videos(run_dir: RunPath, out: Path) -> int:
     videos = tables.read_table(run_dir, "video", ["video_uri"])
     for row in _rows(videos):
         source = run_dir / row["video_uri"]
@@ -82,11 +81,11 @@ def _copy_videos(run_dir: Path, out: Path) -> int:
             raise ExportError(f"{source} is gone, though the run lists it; make it again with --redo-from video")
         place = out / f"{stem(row['identity_id'], row['sample_id'])}.mp4"
         with _placed(place) as path:
-            shutil.copyfile(source, path)
+            path.write_bytes(source.read_bytes())
     return len(videos)
 
 
-def _write_lists(run_dir: Path, out: Path) -> None:
+def _write_lists(run_dir: RunPath, out: Path) -> None:
     """Both lists hold the samples that have a first frame, in the order of the identity set."""
     samples = tables.read_table(run_dir, "samples", ["prompt"])
     have = tables.read_table(run_dir, "first_frame", ["sample_id"])["sample_id"]

@@ -7,20 +7,22 @@ removes them before it looks at anything.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from ipvg_ray import tables
-from ipvg_ray.pipeline.store import FINGERPRINT, MERGED, MERGED_FROM, Store, batch_digest, lock, new_session
+from ipvg_ray.pipeline.lease import lock
+from ipvg_ray.pipeline.store import FINGERPRINT, MERGED, MERGED_FROM, Store, batch_digest, new_session
+from ipvg_ray.storage import RunPath, parquet
 
 _SMALL = 0.5
 """Parts below this share of the wanted size are merged; larger ones are left alone."""
 
 
-def compact(run_dir: Path, part_bytes: int = 256 << 20) -> dict[str, tuple[int, int]]:
+def compact(run_dir: RunPath, part_bytes: int = 256 << 20) -> dict[str, tuple[int, int]]:
     """Merge the small parts of every table of a run that nobody is working in.
 
     Args:
@@ -34,7 +36,7 @@ def compact(run_dir: Path, part_bytes: int = 256 << 20) -> dict[str, tuple[int, 
         RunLockedError: where another process is at work in it.
     """
     names = [*tables.read_run(run_dir)["stages"], "failures"]
-    with lock(run_dir):
+    with contextlib.closing(lock(run_dir)):
         store = Store(run_dir.resolve(), new_session())
         store.begin()
         try:
@@ -50,9 +52,9 @@ def _compact_table(store: Store, name: str, part_bytes: int) -> tuple[int, int]:
     return len(before), len(tables.parts(store.run_dir, name))
 
 
-def groups(parts: Sequence[tuple[Path, int]], part_bytes: int) -> Iterator[list[Path]]:
+def groups(parts: Sequence[tuple[RunPath, int]], part_bytes: int) -> Iterator[list[RunPath]]:
     """Runs of small parts that together make about `part_bytes`; no group of one."""
-    group: list[Path] = []
+    group: list[RunPath] = []
     filled = 0
     for part, size in parts:
         if size >= part_bytes * _SMALL:
@@ -67,16 +69,17 @@ def groups(parts: Sequence[tuple[Path, int]], part_bytes: int) -> Iterator[list[
         yield group
 
 
-def _merge(store: Store, name: str, parts: Sequence[Path]) -> None:
+def _merge(store: Store, name: str, parts: Sequence[RunPath]) -> None:
     """One file in place of several, written row group by row group so that memory stays bounded."""
     names = [part.name for part in parts]
-    first = pq.read_schema(parts[0])
+    with parquet(parts[0]) as opened:
+        first = opened.schema_arrow
     metadata = {MERGED_FROM: json.dumps(names).encode(), FINGERPRINT: (first.metadata or {}).get(FINGERPRINT, b"")}
     schema = first.with_metadata(metadata)
     temporary = store.temporary()
     with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
         for part in parts:
-            with pq.ParquetFile(part) as source:
+            with parquet(part) as source:
                 for batch in source.iter_batches(batch_size=1024):
                     writer.write_batch(batch.replace_schema_metadata(metadata))
     store.publish_file(temporary, store.part(name, f"{MERGED}-{batch_digest(names)}"))

@@ -19,9 +19,12 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
+from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ipvg_ray.errors import UserError
+from ipvg_ray.pipeline.deaths import LastWords, trace_folder
+from ipvg_ray.pipeline.ledger import TryLedger, Who
 from ipvg_ray.pipeline.plan import Step
 from ipvg_ray.pipeline.stage import Resources
 from ipvg_ray.pipeline.store import Store
@@ -38,18 +41,39 @@ _START_TRIES = 4
 """Workers of a stage that may fail to start one after another before the run ends."""
 _WORDS = 10
 """Lines of a worker's own words that are shown: torch explains a wrong checkpoint over several."""
+_GROW_AT = 0.8
+"""Batches in work, as a share of what a pool can have in work, from which on it grows."""
+_PATIENCE = 4.0
+"""How often its slowest stage's time limit must pass without anything moving before an execution is given up."""
 
 
 class ResourceError(UserError):
     """The machine cannot hold a stage's smallest pool."""
 
 
+class LossError(Exception):
+    """Nodes, workers or objects were lost in a way that Ray could not mend; what is finished is on disk."""
+
+
+_LOSSES = (
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.ActorDiedError,
+    ray.exceptions.ActorUnavailableError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OwnerDiedError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.RaySystemError,
+)
+
+
 @ray.remote(num_cpus=0)
-class _Mailbox:
-    """Collects the workers' events until the driver asks for them."""
+class _Desk:
+    """On the driver's node: keeps the ledger of tries, and the workers' events until the driver asks for them."""
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.ledger = TryLedger(_node_lost)
 
     def put(self, event: Event) -> None:
         self.events.append(event)
@@ -57,6 +81,35 @@ class _Mailbox:
     def take(self) -> list[Event]:
         events, self.events = self.events, []
         return events
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the ledger."""
+        return getattr(self.ledger, method)(*arguments)
+
+
+def _node_lost(node: str) -> bool:
+    return not any(n["NodeID"] == node and n["Alive"] for n in ray.nodes())
+
+
+class _RayLedger:
+    """The desk's ledger as workers on any node call it; see `ipvg_ray.pipeline.ledger.Ledger`."""
+
+    def __init__(self, desk: Any) -> None:
+        self.desk = desk
+
+    def begin_setup(self, stage: str, who: Who) -> tuple[list[Who], int]:
+        found: tuple[list[Who], int] = ray.get(self.desk.call.remote("begin_setup", stage, who))
+        return found
+
+    def begin(self, stage: str, batch: str, who: Who) -> list[Who]:
+        found: list[Who] = ray.get(self.desk.call.remote("begin", stage, batch, who))
+        return found
+
+    def end_setup(self, stage: str, who: Who) -> None:
+        self.desk.call.remote("end_setup", stage, who)
+
+    def end(self, stage: str, batch: str) -> None:
+        self.desk.call.remote("end", stage, batch)
 
 
 class _Tickets(Datasource):
@@ -177,11 +230,18 @@ def _pack(asks: Sequence[float], nodes: Sequence[float]) -> bool:
     return True
 
 
+def make_desk() -> Any:
+    """The desk that workers report to, for one run; it dies with the driver."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return _Desk.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
 def execute(
     steps: Sequence[Step],
     specs: dict[str, WorkerSpec],
     tickets: dict[str, TicketFile],
     on_events: Callable[[Sequence[Event]], None],
+    desk: Any,
 ) -> None:
     """Run to the end everything the tickets name.
 
@@ -189,31 +249,43 @@ def execute(
         specs: per stage, how its workers are made.
         tickets: per stage, the rows that enter at it; stages without any may be left out.
         on_events: called about twice a second, in a thread of its own, with what the workers told.
+        desk: of `make_desk`.
 
     Raises:
         WorkerStartError: where a stage's workers cannot start.
+        LossError: where so much was lost that this execution cannot end; another may.
     """
     context = DataContext.get_current()
     context.enable_progress_bars = False
     # A worker whose node dies, or that Ray Data gives up while it still loads, counts as one that could not start.
     context.max_consecutive_actor_init_deaths = _START_TRIES
-    context.execution_no_progress_timeout_s = -1  # one video may take longer than Ray's half hour
+    context.execution_no_progress_timeout_s = no_progress_limit(steps)
+    context.actor_pool_util_upscaling_threshold = _GROW_AT
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    mailbox = _Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined] # lives as long as we do
-    dataset = _dataset(steps, specs, tickets, mailbox)
+    dataset = _dataset(steps, specs, tickets, desk)
     if dataset is None:
         return
-    with _polling(mailbox, on_events):
+    with _polling(desk, on_events):
         try:
             for _ in dataset.iter_internal_ref_bundles():
                 pass
-        except ray.exceptions.RayError as error:
+        except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
             raise _explained(error) from error
 
 
+def no_progress_limit(steps: Sequence[Step]) -> int:
+    """Seconds in which something must move, from the slowest stage's time limit; -1 where a stage has none.
+
+    Ray's own guard of half an hour would fail one long video. A worker may also wait as long for a node, or load.
+    """
+    asks = [step.stage.resources() for step in steps]
+    if not all(a.time_limit_s for a in asks):
+        return -1
+    return int(max(1800.0, _PATIENCE * max(a.time_limit_s * a.batch_size for a in asks)))
+
+
 def _dataset(
-    steps: Sequence[Step], specs: dict[str, WorkerSpec], tickets: dict[str, TicketFile], mailbox: Any
+    steps: Sequence[Step], specs: dict[str, WorkerSpec], tickets: dict[str, TicketFile], desk: Any
 ) -> Dataset | None:
     dataset: Dataset | None = None
     for step in steps:
@@ -226,7 +298,7 @@ def _dataset(
             fresh = _read(entering, batch, specs[step.name].store)
             dataset = fresh if dataset is None else dataset.union(fresh)
         if dataset is not None:
-            dataset = _map(dataset, step, specs[step.name], mailbox)
+            dataset = _map(dataset, step, specs[step.name], desk)
     return dataset
 
 
@@ -236,16 +308,21 @@ def _read(entering: TicketFile, batch: int, store: Store) -> Dataset:
     return fresh.repartition(target_num_rows_per_block=batch)
 
 
-def _map(dataset: Dataset, step: Step, spec: WorkerSpec, mailbox: Any) -> Dataset:
+def _map(dataset: Dataset, step: Step, spec: WorkerSpec, desk: Any) -> Dataset:
     asks = step.stage.resources()
     operator = type(step.name, (_StageActor,), {})  # the class's name is the operator's in Ray's dashboards and logs
     return dataset.map_batches(
         operator,
-        fn_constructor_args=(spec, mailbox),
+        fn_constructor_args=(spec, desk),
         batch_size=asks.batch_size,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
-            min_size=asks.min_workers, max_size=asks.max_workers, max_tasks_in_flight_per_actor=2
+            min_size=asks.min_workers,
+            max_size=asks.max_workers,
+            initial_size=asks.initial_workers or None,
+            max_tasks_in_flight_per_actor=_in_flight(asks),
+            max_concurrent_calls_per_actor=asks.concurrency,
+            enable_true_multi_threading=asks.concurrency > 1,
         ),
         num_cpus=asks.cpus,
         num_gpus=asks.gpus,
@@ -253,11 +330,21 @@ def _map(dataset: Dataset, step: Step, spec: WorkerSpec, mailbox: Any) -> Datase
     )
 
 
+def _in_flight(asks: Resources) -> int:
+    """Batches dealt to one worker at a time.
+
+    One more than it works on hides the way to it. But a row that is worth a batch of its own takes minutes, and must
+    not lie in one worker's queue while another stands idle.
+    """
+    return 1 if asks.batch_size == 1 and asks.concurrency == 1 else 2 * asks.concurrency
+
+
 def _remote_args(asks: Resources) -> dict[str, Any]:
     """Ray's arguments that Ray Data announced to remove: kept in this one place (ray < 2.64).
 
-    A worker that dies is started again and its batch given to it again without end: the store's tries put an end to it,
-    since a batch that keeps killing workers is taken apart and the guilty row set aside.
+    Ray counts lost nodes among a worker's restarts, so a number here would end runs on spot nodes. What bounds restarts
+    is the ledger: a batch that keeps killing workers is taken apart and the guilty row set aside, and workers that die
+    outside of any batch end the run.
     """
     args: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1}
     if asks.memory_gb:
@@ -270,30 +357,40 @@ def _remote_args(asks: Resources) -> dict[str, Any]:
 class _StageActor:
     """A stage's worker inside a Ray Data actor."""
 
-    def __init__(self, spec: WorkerSpec, mailbox: Any) -> None:
+    def __init__(self, spec: WorkerSpec, desk: Any) -> None:
         asks = spec.step.stage.resources()
         # Before torch, ONNX and OpenCV are imported by the stage's setup: they size their pools from these.
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"):
             os.environ[name] = str(asks.threads)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models lie in the cache; a worker never goes to the network
+        here = ray.get_runtime_context()
+        who = Who(
+            worker=here.get_actor_id() or "",
+            process=here.get_worker_id(),
+            node=here.get_node_id(),
+            host=os.uname().nodename,
+            trace=str(trace_folder(spec.store.session_dir) / f"{spec.step.name}-{here.get_worker_id()}"),
+        )
+        last_words = LastWords(who.trace) if spec.store.is_open() else None
 
         def report(event: Event) -> None:
-            mailbox.put.remote(event)
+            desk.put.remote(event)
 
-        self.worker = Worker(spec, "cuda" if asks.gpus else "cpu", report)
+        device = "cuda" if asks.gpus else "cpu"
+        self.worker = Worker(spec, device, _RayLedger(desk), who, report, last_words)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return self.worker(batch)
 
 
 @contextlib.contextmanager
-def _polling(mailbox: Any, on_events: Callable[[Sequence[Event]], None]) -> Iterator[None]:
+def _polling(desk: Any, on_events: Callable[[Sequence[Event]], None]) -> Iterator[None]:
     stop = threading.Event()
 
     def poll() -> None:
         while not stop.wait(_POLL_SECONDS):
-            on_events(_take(mailbox))
+            on_events(_take(desk))
 
     thread = threading.Thread(target=poll, name="progress", daemon=True)
     thread.start()
@@ -302,23 +399,28 @@ def _polling(mailbox: Any, on_events: Callable[[Sequence[Event]], None]) -> Iter
     finally:
         stop.set()
         thread.join(timeout=10)
-        on_events(_take(mailbox))
+        on_events(_take(desk))
 
 
-def _take(mailbox: Any) -> list[Event]:
+def _take(desk: Any) -> list[Event]:
     try:
-        return list(ray.get(mailbox.take.remote(), timeout=10))
+        return list(ray.get(desk.take.remote(), timeout=10))
     except ray.exceptions.RayError:
         return []  # the counts on the screen lag; the run itself does not depend on them
 
 
 def _explained(error: BaseException) -> BaseException:
-    """The worker's own words, where its start is what failed; else the error as it is."""
+    """The worker's own words, where its start is what failed; a loss, where that is what happened; else the error."""
     text = str(error)
     marker = f"{WorkerStartError.__name__}: "
     if marker in text:
         lines = text.split(marker)[-1].splitlines()
         return WorkerStartError("\n".join(lines[:_WORDS]).rstrip())
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, (*_LOSSES, ExecutionTimeoutError)):
+            return LossError(f"{type(seen).__name__}: {seen}".partition("\n")[0])
+        seen = getattr(seen, "cause", None) or seen.__cause__
     return error
 
 

@@ -77,6 +77,11 @@ class Progress:
         self.prompts = prompts
         self.started = time.monotonic()
 
+    def restart(self, counts: Mapping[str, Counts]) -> None:
+        """Begin again from what is on disk: batches that were in work are not, and some were counted twice."""
+        for name, stage in self.stages.items():
+            self.stages[name] = StageProgress(counts[name], busy=stage.busy)
+
     def add(self, events: Sequence[Event]) -> None:
         """Take in what workers told since the last call."""
         now = time.monotonic()

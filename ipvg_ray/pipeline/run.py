@@ -5,21 +5,26 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from ipvg_ray.pipeline import progress as shown
+from ipvg_ray.pipeline.deaths import trace_folder
+from ipvg_ray.pipeline.lease import RunLockedError
 from ipvg_ray.pipeline.plan import Step
 from ipvg_ray.pipeline.rundir import ChangedError, Freeze, Opened, Request, fork, now, opened, require_models
-from ipvg_ray.pipeline.store import Store
 from ipvg_ray.pipeline.survey import Counts
 from ipvg_ray.pipeline.tickets import write_tickets
 from ipvg_ray.pipeline.worker import WorkerSpec
 
 __all__ = ["ChangedError", "Freeze", "Interrupted", "Opened", "Request", "Result"]
 __all__ += ["fork", "opened", "require_models", "run", "specs"]
+
+
+_IDLE_LOSSES = 3
+"""Executions that may break off one after another without a single row finished, before the run ends."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -58,14 +63,16 @@ def run(request: Request, freeze: Freeze) -> Result:
         this.run.setdefault("sessions", []).append(session)
         this.store.write_run(this.run)
         result = Result(counts, this.run["dataset"]["problems"], 0.0)
-        log = this.store.session_dir / "ray.log"
+        log = trace_folder(this.store.session_dir).with_name("ray.log")
         try:
             if any(len(rows) for rows in this.found.entry.values()):
-                with shown.own_terminal(log) as terminal, _signals(this.store, request.grace_s, terminal):
+                with shown.own_terminal(log) as terminal, _signals(this, request.grace_s, terminal):
                     _execute(this, request, seen, terminal)
             result.outcome = "interrupted" if this.store.stopping() else "complete"
         except KeyboardInterrupt:
             result.outcome = "interrupted"
+            if this.lost:
+                raise RunLockedError(f"{request.run_dir} was taken over by another start; this one has ended") from None
         except BaseException as error:
             result.outcome = "failed"
             error.add_note(f"Ray's own words are in {log}")
@@ -75,7 +82,8 @@ def run(request: Request, freeze: Freeze) -> Result:
             result.stages = _tally(seen, this.steps)
             session |= {"ended": now(), "seconds": round(result.seconds, 1), "outcome": result.outcome}
             session["stages"] = result.stages
-            this.store.write_run(this.run)
+            if not this.lost:
+                this.store.write_run(this.run)
         result.counts = this.survey().counts
         return result
 
@@ -96,28 +104,63 @@ def _execute(this: Opened, request: Request, seen: shown.Progress, terminal: Tex
 
     try:
         execute.connect()
-        with _signals(this.store, request.grace_s, terminal):  # again: ray.init puts its own handlers in place
-            first = next(i for i, step in enumerate(this.steps) if len(this.found.entry[step.name]))
-            groups = execute.phases(this.steps[first:], request.in_turn, say)
+        with _signals(this, request.grace_s, terminal):  # again: ray.init puts its own handlers in place
+            desk = execute.make_desk()
             with shown.Display(seen, terminal) as display:
 
                 def on_events(events: Sequence[Any]) -> None:
                     seen.add(events)
                     display.tick()
 
-                for number, group in enumerate(groups):
-                    if this.store.stopping():
-                        break
-                    names = {step.name for step in group}
-                    found = this.found if number == 0 else this.survey()
-                    tickets = {
-                        step.name: write_tickets(this.store.tickets_dir, this.steps, i, found)
-                        for i, step in enumerate(this.steps)
-                        if step.name in names and len(found.entry[step.name])
-                    }
-                    execute.execute(group, specs(this, request), tickets, on_events)
+                _go_on_after_losses(this, lambda: _execute_once(this, request, on_events, say, desk), seen, say)
     finally:
         execute.shutdown()
+
+
+def _execute_once(
+    this: Opened, request: Request, on_events: Callable[[Sequence[Any]], None], say: Callable[[str], None], desk: Any
+) -> None:
+    """Do what is missing, in as many executions as the machine needs."""
+    from ipvg_ray.pipeline import execute
+
+    first = next((i for i, step in enumerate(this.steps) if len(this.found.entry[step.name])), len(this.steps))
+    for number, group in enumerate(execute.phases(this.steps[first:], request.in_turn, say)):
+        if this.store.stopping():
+            return
+        names = {step.name for step in group}
+        found = this.found if number == 0 else this.survey()
+        tickets = {
+            step.name: write_tickets(this.store.tickets_dir, this.steps, i, found)
+            for i, step in enumerate(this.steps)
+            if step.name in names and len(found.entry[step.name])
+        }
+        execute.execute(group, specs(this, request), tickets, on_events, desk)
+
+
+def _go_on_after_losses(
+    this: Opened, execute_once: Callable[[], None], seen: shown.Progress, say: Callable[[str], None]
+) -> None:
+    """Where Ray cannot mend what a lost node took along, begin again from the checkpoints, as long as that helps."""
+    from ipvg_ray.pipeline.execute import LossError
+
+    idle = 0
+    while True:
+        before = _finished(this.found.counts)
+        try:
+            return execute_once()
+        except LossError as error:
+            if this.store.stopping():
+                return None
+            this.renew()
+            seen.restart(this.found.counts)
+            idle = 0 if _finished(this.found.counts) > before else idle + 1
+            if idle >= _IDLE_LOSSES:
+                raise
+            say(f"nodes or workers were lost; going on from the checkpoints ({error})")
+
+
+def _finished(counts: dict[str, Counts]) -> int:
+    return sum(c.done + c.failed for c in counts.values())
 
 
 def _tally(seen: shown.Progress, steps: Sequence[Step]) -> dict[str, dict[str, Any]]:
@@ -133,13 +176,13 @@ def _tally(seen: shown.Progress, steps: Sequence[Step]) -> dict[str, dict[str, A
 
 
 @contextmanager
-def _signals(store: Store, grace: float, terminal: TextIO) -> Iterator[None]:
+def _signals(this: Opened, grace: float, terminal: TextIO) -> Iterator[None]:
     """On SIGTERM or Ctrl-C let rows in work finish, for `grace` seconds at most; a second signal ends it at once."""
 
     def stop(number: int, frame: Any) -> None:
-        if store.stopping() or not grace:
+        if this.lost or this.store.stopping() or not grace:
             raise Interrupted
-        store.stop()
+        this.store.stop()
         signal.setitimer(signal.ITIMER_REAL, grace)
         print(f"stopping: rows in work have {grace:g} s to finish; once more ends them now", file=terminal, flush=True)
 

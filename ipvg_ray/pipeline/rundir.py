@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
+import signal
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,15 +14,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from ipvg_ray import tables
 from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline import fingerprint as fp
+from ipvg_ray.pipeline.lease import lock
 from ipvg_ray.pipeline.plan import PlanError, Step, make_steps
 from ipvg_ray.pipeline.stage import Stage
-from ipvg_ray.pipeline.store import Store, lock, new_session, remove_table
-from ipvg_ray.pipeline.survey import Survey, survey
+from ipvg_ray.pipeline.store import Store, new_session, remove_table
+from ipvg_ray.pipeline.survey import Survey, TornPartError, survey
+from ipvg_ray.storage import RunPath, copy_file, folders, make_folder, remove_folder
 
 Freeze = Callable[[Path], dict[str, Any]]
 """Writes the identity set's tables below a folder and returns what run.json keeps of it under `dataset`."""
@@ -51,7 +52,7 @@ class Request:
         grace_s: seconds that rows in work have to finish when the run is asked to stop.
     """
 
-    run_dir: Path
+    run_dir: RunPath
     config: dict[str, Any]
     seed: int
     stages: Sequence[Stage]
@@ -62,19 +63,34 @@ class Request:
     grace_s: float = 30.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Opened:
-    """A run directory that is ready: its fingerprints agreed on, surveyed."""
+    """A run directory that is ready: its fingerprints agreed on, surveyed.
+
+    Attributes:
+        store: the session that may write into it; another one after `renew`.
+        lost: whether this process has lost its hold on the directory to another.
+    """
 
     store: Store
     steps: list[Step]
     prints: dict[str, fp.Fingerprint]
     run: dict[str, Any]
     found: Survey
+    lost: bool = False
 
     def survey(self) -> Survey:
         """What is done by now."""
-        return survey(self.store, self.steps, {name: p.digest for name, p in self.prints.items()})
+        return survey(self.store, self.steps, _digests(self.prints))
+
+    def renew(self) -> None:
+        """Begin a session anew: workers of the last one that may still live can write nothing more."""
+        old, self.store = self.store, Store(self.store.run_dir, new_session())
+        self.store.begin()
+        if old.stopping():
+            self.store.stop()
+        old.end()
+        self.found = _cleaned(self.store, self.steps, self.prints)
 
 
 @contextmanager
@@ -90,19 +106,46 @@ def opened(request: Request, freeze: Freeze) -> Iterator[Opened]:
     steps = make_steps(request.stages)
     require_models(request.stages)
     run_dir = request.run_dir.resolve()  # workers may have another working directory
-    handle = lock(run_dir)
+    held = lock(run_dir, lambda: on_lost())
+    store = Store(run_dir, new_session())
+    this: Opened | None = None
+
+    def on_lost() -> None:
+        if this is not None:
+            this.lost = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
     try:
-        store = Store(run_dir, new_session())
         store.begin()
         run = _read_or_freeze(store, request, freeze)
         prints = fp.fingerprints(request.stages, request.seed, run["dataset"]["digest"])
         _agree(store, run, prints, request)
         store.write_run(run)
-        found = survey(store, steps, {name: p.digest for name, p in prints.items()})
-        yield Opened(store, steps, prints, run, found)
+        this = Opened(store, steps, prints, run, _cleaned(store, steps, prints))
+        yield this
     finally:
-        store.end()
-        handle.close()
+        (this.store if this else store).end()
+        held.close()
+
+
+def _digests(prints: dict[str, fp.Fingerprint]) -> dict[str, str]:
+    return {name: made.digest for name, made in prints.items()}
+
+
+def _cleaned(store: Store, steps: Sequence[Step], prints: dict[str, fp.Fingerprint]) -> Survey:
+    """What is done, once parts that are torn are out of the way and those that only repeat others are removed."""
+    while True:
+        try:
+            found = survey(store, steps, _digests(prints))
+        except TornPartError as error:
+            aside = store.engine_dir / "torn" / error.part.parent.name
+            make_folder(aside)
+            error.part.rename(aside / error.part.name)  # type: ignore[arg-type] # of one kind
+            continue
+        if not found.repeats:
+            return found
+        for part in found.repeats:
+            part.unlink(missing_ok=True)
 
 
 def require_models(stages: Sequence[Stage]) -> None:
@@ -121,19 +164,35 @@ def _read_or_freeze(store: Store, request: Request, freeze: Freeze) -> dict[str,
         _same_dataset(run, request)
         return run
     _refuse_foreign(store.run_dir, request.stages)
-    staging = store.engine_dir / f"frozen-{uuid.uuid4().hex}"
-    dataset = freeze(staging)
-    for name in FROZEN:
-        remove_table(store.run_dir, name)  # left by a start that died before run.json was there
-        if (staging / name).is_dir():
-            (staging / name).rename(store.run_dir / name)
+    with _staging(store) as staging:
+        dataset = freeze(staging)
+        for name in FROZEN:
+            remove_table(store.run_dir, name)  # left by a start that died before run.json was there
+            if not (staging / name).is_dir():
+                continue
+            target = store.run_dir / name
+            if isinstance(target, Path):
+                (staging / name).rename(target)
+            else:
+                for file in sorted((staging / name).iterdir()):
+                    copy_file(file, target / file.name)
     run = {"version": 1, "created": now(), "config": request.config, "stages": {}, "sessions": []}
     run["dataset"] = {**dataset, "digest": dataset_digest(store.run_dir)}
     store.write_run(run)
     return run
 
 
-def _refuse_foreign(run_dir: Path, stages: Sequence[Stage]) -> None:
+@contextmanager
+def _staging(store: Store) -> Iterator[Path]:
+    """A local folder for the identity set's tables: where the run lies on disk, beside their places."""
+    if isinstance(store.engine_dir, Path):
+        yield store.engine_dir / f"frozen-{uuid.uuid4().hex}"
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / "frozen"
+
+
+def _refuse_foreign(run_dir: RunPath, stages: Sequence[Stage]) -> None:
     """A new run must not take over, and later remove, folders that only happen to have its tables' names."""
     for name in FROZEN:
         for file in (run_dir / name).glob("*"):
@@ -148,12 +207,12 @@ def _refuse_foreign(run_dir: Path, stages: Sequence[Stage]) -> None:
             )
 
 
-def dataset_digest(run_dir: Path) -> str:
+def dataset_digest(run_dir: RunPath) -> str:
     """Hash of the frozen identity set: ids, pictures and prompts, one part file in memory at a time."""
     digest = hashlib.sha256()
     for name, columns in (("identities", ["identity_id", "image_sha256"]), ("samples", ["sample_id", "prompt"])):
         for part in tables.parts(run_dir, name):
-            table = pq.read_table(part, columns=columns, partitioning=None)
+            table = tables.read_part(part, columns)
             for column in columns:
                 digest.update("\0".join(table[column].to_pylist()).encode())
     return digest.hexdigest()[:16]
@@ -189,7 +248,7 @@ def _agree(store: Store, run: dict[str, Any], prints: dict[str, fp.Fingerprint],
         run["stages"][stage.name] = {"fingerprint": made.digest, "inputs": made.inputs, "media": list(stage.media)}
 
 
-def _refuse_changes(run_dir: Path, run: dict[str, Any], prints: dict[str, fp.Fingerprint], redo: str | None) -> None:
+def _refuse_changes(run_dir: RunPath, run: dict[str, Any], prints: dict[str, fp.Fingerprint], redo: str | None) -> None:
     """Only a stage that has rows can be contradicted: a plan, or a start that never reached it, binds nobody."""
     lines: list[str] = []
     first: str | None = None
@@ -223,20 +282,20 @@ def _remove_from(store: Store, run: dict[str, Any], names: list[str], redo_from:
 def _set_failures_aside(store: Store, stages: Sequence[str]) -> None:
     """Move failures of these stages out of the table; they stay readable, to count tries by."""
     retried = store.engine_dir / "retried" / "failures"
-    retried.mkdir(parents=True, exist_ok=True)
+    make_folder(retried)
     for part in tables.parts(store.run_dir, "failures"):
         if _stages_of(part) <= set(stages):
-            part.rename(retried / part.name)
+            part.rename(retried / part.name)  # type: ignore[arg-type] # of one kind
 
 
-def _stages_of(part: Path) -> set[str]:
-    return set(pq.read_table(part, columns=["stage"], partitioning=None)["stage"].to_pylist())
+def _stages_of(part: RunPath) -> set[str]:
+    return set(tables.read_part(part, ["stage"])["stage"].to_pylist())
 
 
 # -- forks -------------------------------------------------------------------------------------------------------
 
 
-def fork(old: Path, request: Request) -> list[str]:
+def fork(old: RunPath, request: Request) -> list[str]:
     """Begin the run directory `request.run_dir` from another: its identity set, and the results of stages whose
     fingerprints still hold.
 
@@ -247,48 +306,44 @@ def fork(old: Path, request: Request) -> list[str]:
         ChangedError: where the new directory is not empty, or another identity set is asked for.
     """
     new = request.run_dir
-    if new.exists() and any(new.iterdir()):
+    if any(new.glob("*")) or folders(new):
         raise ChangedError(f"{new} is not empty; name a new directory")
     run = tables.read_run(old)
     _same_dataset(run, request)
     known = run["stages"]
     prints = fp.fingerprints(request.stages, request.seed, run["dataset"]["digest"])
     kept = [n for n, p in prints.items() if n in known and known[n]["fingerprint"] == p.digest]
-    made = new.with_name(f".{new.name}.fork-{uuid.uuid4().hex[:8]}")
+    # On disk made beside its place and renamed; in S3 in its place, where run.json, which makes it a run, comes last.
+    made = new.with_name(f".{new.name}.fork-{uuid.uuid4().hex[:8]}") if isinstance(new, Path) else new
     try:
         for name in [*reversed(kept), "samples", "identities"]:  # rows of later stages first: see `survey`
-            _link_folder(old / name, made / name)
+            _copy_folder(old / name, made / name)
         for folder in (folder for stage in request.stages if stage.name in kept for folder in stage.media):
-            _link_folder(old / folder, made / folder)
+            _copy_folder(old / folder, made / folder)
         for part in tables.parts(old, "failures"):
             if _stages_of(part) <= {"dataset", *kept}:
-                _link(part, made / "failures" / part.name)
+                copy_file(part, made / "failures" / part.name)
         run |= {"config": request.config, "stages": {name: known[name] for name in kept}, "sessions": []}
         run |= {"created": now(), "forked_from": str(old.resolve())}
         store = Store(made, new_session())
         store.begin()
         store.write_run(run)
         store.end()
-        if new.exists():
-            new.rmdir()
-        made.rename(new)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
+        if isinstance(made, Path) and isinstance(new, Path):
+            if new.exists():
+                new.rmdir()
+            made.rename(new)
+    except BaseException:
+        remove_folder(made)
+        raise
     return kept
 
 
-def _link_folder(source: Path, target: Path) -> None:
-    for file in sorted(source.rglob("*")):
-        if file.is_file() and not file.name.startswith("."):
-            _link(file, target / file.relative_to(source))
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+def _copy_folder(source: RunPath, target: RunPath) -> None:
+    if source.is_dir():
+        for file in source.rglob("*"):
+            if file.is_file() and not file.name.startswith("."):
+                copy_file(file, target / str(file.relative_to(source)))  # type: ignore[arg-type] # of one kind
 
 
 def now() -> str:

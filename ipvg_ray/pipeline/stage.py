@@ -57,7 +57,9 @@ class Resources:
         memory_gb: host memory reserved, GiB; 0 reserves none.
         accelerator_type: the card's name as Ray knows it (`H100`, `L4`), or None for any.
         min_workers, max_workers: the pool's bounds.
+        initial_workers: how many it begins with; 0 for min_workers.
         batch_size: rows handed to one `process` call at most.
+        concurrency: batches one worker has in work at a time. Above 1 `process` is called from so many threads at once.
         threads: what torch and ONNX may use in one worker.
         time_limit_s: seconds one row may take before its worker is ended and the row tried again; 0 for no limit.
     """
@@ -68,7 +70,9 @@ class Resources:
     accelerator_type: str | None = None
     min_workers: int = 1
     max_workers: int = 1
+    initial_workers: int = 0
     batch_size: int = 1
+    concurrency: int = 1
     threads: int = 1
     time_limit_s: float = 0.0
 
@@ -165,7 +169,8 @@ class Stage(ABC):
 
     @abstractmethod
     def process(self, rows: Sequence[Row]) -> Sequence[Row | RowError]:
-        """The added columns of each row, in the rows' order.
+        """The added columns of each row, in the rows' order. Called from several threads where the pool's concurrency
+        is above 1.
 
         A row that cannot be finished gets a `RowError` in its place. If the call itself raises while it holds several
         rows, the engine calls again with each row alone, so that only the guilty one fails.

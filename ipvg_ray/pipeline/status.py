@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from ipvg_ray import tables
+from ipvg_ray.pipeline.lease import holder
 from ipvg_ray.pipeline.plan import make_steps
 from ipvg_ray.pipeline.stage import Stage
-from ipvg_ray.pipeline.store import Store, holder
+from ipvg_ray.pipeline.store import Store
 from ipvg_ray.pipeline.survey import Counts, Index, survey
+from ipvg_ray.storage import RunPath
 
 _WINDOW = 600.0
 """Seconds over which the rate is taken."""
@@ -44,7 +45,7 @@ class Status:
         return asdict(self)
 
 
-def status(run_dir: Path, stages: Sequence[Stage]) -> Status:
+def status(run_dir: RunPath, stages: Sequence[Stage]) -> Status:
     """Read how a run stands.
 
     Args:

@@ -10,21 +10,28 @@ import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ipvg_ray import tables
 from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.plan import Step
 from ipvg_ray.pipeline.store import FINGERPRINT, Store
+from ipvg_ray.storage import RunPath, parquet
 
 
 class InconsistentRunError(UserError):
     """A run directory whose tables contradict each other or the configuration; the message says what mends it."""
+
+
+class TornPartError(InconsistentRunError):
+    """A part file of a stage that is no whole Parquet file: a disk that lost what it had promised to keep."""
+
+    def __init__(self, message: str, part: RunPath) -> None:
+        super().__init__(message)
+        self.part = part
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Index:
         keys: string array (rows,): the key of every row.
     """
 
-    files: list[Path]
+    files: list[RunPath]
     starts: np.ndarray
     keys: pa.Array
 
@@ -81,6 +88,7 @@ class Survey:
         states: per stage, what is done and failed.
         entry: per stage, the rows of its grain that must be fed into it from files, ascending.
         counts: per stage.
+        repeats: parts whose every row stands in another part too: a cut-off worker of an old session wrote them late.
     """
 
     identities: Index
@@ -91,6 +99,7 @@ class Survey:
     states: dict[str, StageState]
     entry: dict[str, np.ndarray]
     counts: dict[str, Counts]
+    repeats: list[RunPath]
 
 
 def survey(store: Store, steps: Sequence[Step], fingerprints: dict[str, str]) -> Survey:
@@ -101,6 +110,7 @@ def survey(store: Store, steps: Sequence[Step], fingerprints: dict[str, str]) ->
 
     Raises:
         InconsistentRunError: for a part of another fingerprint, or rows that a later stage has and an earlier lacks.
+        TornPartError: for a part that is no whole Parquet file.
     """
     identities = read_index(store.run_dir, "identities", "identity_id")
     samples = read_index(store.run_dir, "samples", "sample_id")
@@ -110,18 +120,28 @@ def survey(store: Store, steps: Sequence[Step], fingerprints: dict[str, str]) ->
     indexes = {s.name: read_index(store.run_dir, s.name, s.key, fingerprints[s.name]) for s in reversed(steps)}
     failures = tables.read_table(store.run_dir, "failures", ["stage", "attempt"])
     retried = tables.read_table(store.engine_dir / "retried", "failures", ["stage", "attempt"])
-    states = {}
+    states: dict[str, StageState] = {}
+    repeats: list[RunPath] = []
     for step in steps:
         keys = identities.keys if step.stage.grain == "identity" else samples.keys
         at = _positions(keys, indexes[step.name].keys)
+        repeats += _repeats(indexes[step.name], at)
         standing = np.where(at >= 0, 0, _tries(keys, step, failures))
         states[step.name] = StageState(at, standing, np.maximum(standing, _tries(keys, step, retried)))
     _refuse_holes(steps, states, owner)
     entry, counts = _frontier(steps, states, owner, len(identities.keys))
-    return Survey(identities, samples, owner, first, indexes, states, entry, counts)
+    return Survey(identities, samples, owner, first, indexes, states, entry, counts, repeats)
 
 
-def read_index(run_dir: Path, name: str, key: str, fingerprint: str | None = None) -> Index:
+def _repeats(index: Index, at: np.ndarray) -> list[RunPath]:
+    used = np.zeros(len(index.keys) + 1, np.int64)
+    used[at[at >= 0] + 1] = 1
+    counts = np.cumsum(used)[index.starts]
+    rows, first = np.diff(index.starts), np.diff(counts)
+    return [index.files[i] for i in np.flatnonzero((rows > 0) & (first == 0))]
+
+
+def read_index(run_dir: RunPath, name: str, key: str, fingerprint: str | None = None) -> Index:
     """Read the key column of a table.
 
     Raises:
@@ -134,25 +154,29 @@ def read_index(run_dir: Path, name: str, key: str, fingerprint: str | None = Non
     return Index(files, starts, keys)
 
 
-def _read_keys(file: Path, key: str, fingerprint: str | None) -> pa.Array:
+def _read_keys(file: RunPath, key: str, fingerprint: str | None) -> pa.Array:
     try:
-        with pq.ParquetFile(file) as parquet:
-            found = (parquet.schema_arrow.metadata or {}).get(FINGERPRINT, b"").decode()
+        with parquet(file) as opened:
+            found = (opened.schema_arrow.metadata or {}).get(FINGERPRINT, b"").decode()
             if fingerprint is not None and found != fingerprint:
                 raise InconsistentRunError(
                     f"{file} was made with another configuration (fingerprint {found or 'none'}, not {fingerprint}); "
                     f"use --redo-from {file.parent.name}, or --fork into a new directory"
                 )
-            return parquet.read([key]).column(0).combine_chunks().cast(pa.string())
+            return opened.read([key]).column(0).combine_chunks().cast(pa.string())
     except FileNotFoundError:
         raise  # a compaction merged it meanwhile: the caller lists the parts anew
     except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
         name = file.parent.name
-        mend = "start a new run directory" if name in tables.INPUT_TABLES else f"use --redo-from {name}"
-        raise InconsistentRunError(f"{file} cannot be read ({error}); {mend}") from error
+        if name in tables.INPUT_TABLES:
+            raise InconsistentRunError(f"{file} cannot be read ({error}); start a new run directory") from error
+        words = f"{file} cannot be read ({error}); use --redo-from {name}"
+        if isinstance(error, pa.ArrowInvalid):
+            raise TornPartError(words, file) from error
+        raise InconsistentRunError(words) from error
 
 
-def _owners(run_dir: Path, identities: Index) -> np.ndarray:
+def _owners(run_dir: RunPath, identities: Index) -> np.ndarray:
     owner_ids = read_index(run_dir, "samples", "identity_id").keys
     owner = _positions(owner_ids, identities.keys)
     if len(owner) and (owner.min() < 0 or (np.diff(owner) < 0).any()):

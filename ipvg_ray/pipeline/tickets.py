@@ -7,10 +7,10 @@ finished row from its checkpoint instead of computing it again.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from ipvg_ray.pipeline.plan import ATTEMPT, SAMPLES, Step, carried, samples_type
 from ipvg_ray.pipeline.survey import Index, Survey
+from ipvg_ray.storage import RunPath, parquet, run_path
 
 COUNT = "_count"
 """Tickets of identities: how many samples stand from the row in column `samples` on."""
@@ -37,13 +38,13 @@ class TicketFile:
         columns: (table, column) of what is to be read.
     """
 
-    path: Path
+    path: RunPath
     rows: int
     arriving: pa.Schema
     columns: tuple[tuple[str, str], ...]
 
 
-def write_tickets(folder: Path, steps: Sequence[Step], index: int, found: Survey) -> TicketFile:
+def write_tickets(folder: RunPath, steps: Sequence[Step], index: int, found: Survey) -> TicketFile:
     """Write the tickets of the rows that enter at `steps[index]` into a folder that the readers can see."""
     step = steps[index]
     rows = found.entry[step.name]
@@ -59,7 +60,9 @@ def write_tickets(folder: Path, steps: Sequence[Step], index: int, found: Survey
     for name in {source for source, _ in columns} - {"identities", "samples"}:
         tickets[name] = found.states[name].at[identity if grains[name] == "identity" else rows]
     path = folder / f"{step.name}.parquet"
-    pq.write_table(pa.table(tickets), path, row_group_size=CHUNK)
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(tickets), buffer, row_group_size=CHUNK)
+    path.write_bytes(buffer.getvalue())
     indexes = {"identities": found.identities, "samples": found.samples, **found.indexes}
     for chunk, start in enumerate(range(0, len(rows), CHUNK)):
         part = {name: numbers[start : start + CHUNK] for name, numbers in tickets.items()}
@@ -68,7 +71,7 @@ def write_tickets(folder: Path, steps: Sequence[Step], index: int, found: Survey
     return TicketFile(path, len(rows), step.arriving, columns)
 
 
-def _sidecar(path: Path, chunk: int) -> Path:
+def _sidecar(path: RunPath, chunk: int) -> RunPath:
     return path.with_name(f"{path.stem}-{chunk}.json")
 
 
@@ -88,11 +91,11 @@ def read_rows(
 
     Ends early once `stopping` says so.
     """
-    with pq.ParquetFile(tickets.path) as parquet:
+    with parquet(tickets.path) as opened:
         for chunk in range(start // CHUNK, -(-stop // CHUNK)):
             first = chunk * CHUNK
             low, high = max(start, first), min(stop, first + CHUNK)
-            chosen = parquet.read_row_group(chunk).slice(low - first, high - low)
+            chosen = opened.read_row_group(chunk).slice(low - first, high - low)
             indexes = _indexes(_sidecar(tickets.path, chunk))
             for offset in range(0, chosen.num_rows, block):
                 if stopping():
@@ -100,10 +103,10 @@ def read_rows(
                 yield _rebuild(tickets, chosen.slice(offset, block), indexes)
 
 
-def _indexes(sidecar: Path) -> dict[str, Index]:
+def _indexes(sidecar: RunPath) -> dict[str, Index]:
     nothing = pa.array([], pa.string())
     return {
-        name: Index([Path(f) for f in place["files"]], np.asarray(place["starts"], np.int64), nothing)
+        name: Index([run_path(f) for f in place["files"]], np.asarray(place["starts"], np.int64), nothing)
         for name, place in json.loads(sidecar.read_text()).items()
     }
 
@@ -149,13 +152,13 @@ def gather(index: Index, rows: np.ndarray, columns: list[str]) -> pa.Table:
     return pa.concat_tables(pieces).take(pa.array(back))
 
 
-def _take(file: Path, rows: np.ndarray, columns: list[str]) -> pa.Table:
-    with pq.ParquetFile(file) as parquet:
-        sizes = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+def _take(file: RunPath, rows: np.ndarray, columns: list[str]) -> pa.Table:
+    with parquet(file) as opened:
+        sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
         starts = np.concatenate([[0], np.cumsum(sizes)])
         group_of = np.searchsorted(starts, rows, side="right") - 1
         groups = np.unique(group_of)
         shift = {g: s - starts[g] for g, s in zip(groups, np.cumsum([0, *(sizes[g] for g in groups)]), strict=False)}
-        table = parquet.read_row_groups([int(g) for g in groups], columns=columns)
+        table = opened.read_row_groups([int(g) for g in groups], columns=columns)
         places = rows + np.array([shift[g] for g in group_of], np.int64)
         return table.select(columns).take(pa.array(places))

@@ -2,31 +2,33 @@
 
 What holds for every batch, whatever dies in between:
 - a row's outcome is in a part file, of its stage or of the failures, before the row moves on;
-- a batch that comes again (its worker died, or Ray repeats a task) is read back as far as it was finished;
+- a batch that comes again (its worker or its node died, or Ray repeats a task) is read back as far as it was finished;
 - an exception fails the one row that raises it, as each row of the batch is then tried alone;
 - a row that took its worker process down `max_deaths` times, or hung as often, is set aside as a failure.
 """
 
 from __future__ import annotations
 
-import faulthandler
+import contextlib
+import dataclasses
 import json
 import os
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ipvg_ray import tables
 from ipvg_ray.errors import UserError
+from ipvg_ray.pipeline.deaths import LastWords, inquest, oom_kills
+from ipvg_ray.pipeline.ledger import Ledger, Who
 from ipvg_ray.pipeline.plan import ATTEMPT, SAMPLES, Step
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
 from ipvg_ray.pipeline.store import Store, batch_digest, failures_table, row_seed
@@ -60,181 +62,200 @@ class WorkerSpec:
     max_deaths: int = 3
 
 
-@dataclass
+@dataclass(frozen=True)
 class Outcome:
-    """Finished rows (added columns by key) and failure rows of a batch."""
+    """Finished rows of a batch, as the stage's table stores them, and failure rows."""
 
-    added: dict[str, Row] = field(default_factory=dict)
-    failures: list[dict[str, Any]] = field(default_factory=list)
+    finished: pa.Table
+    failures: list[dict[str, Any]]
 
 
 class Worker:
-    """Wraps one stage in one process.
+    """Wraps one stage in one process. Several threads may call it at once, if the stage's `process` may be called so.
 
     Args:
         spec: what to run, and into which run directory.
         device: where the stage's models go, `cpu` or `cuda`.
+        ledger: where tries are noted ahead.
+        who: this process, as the ledger knows it.
         report: called with an `Event` when a batch begins and when it ends.
+        last_words: what this process leaves when it dies, and ends it when a row takes too long; without it no time
+            limit holds.
 
     Raises:
         WorkerStartError: where `setup` raises, or has taken its process down `max_deaths` times.
     """
 
-    def __init__(self, spec: WorkerSpec, device: str, report: Callable[[Event], None] = lambda event: None) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        device: str,
+        ledger: Ledger,
+        who: Who,
+        report: Callable[[Event], None] = lambda event: None,
+        last_words: LastWords | None = None,
+    ) -> None:
         self.spec = spec
         self.step = spec.step
         self.stage = spec.step.stage
         self.store = spec.store
+        self.ledger = ledger
+        self.who = who
         self.report = report
+        self.last_words = last_words
         self.stored = tables.stored_schema(self.step.table)
-        if not self.store.session_dir.is_dir():
+        if not self.store.is_open():
             where = f"{self.store.run_dir} is not seen on {os.uname().nodename}"
             raise WorkerStartError(f"{where}; put run directory and models on storage that all nodes share")
-        journal = self.store.session_dir / "journal" / f"{self.stage.name}-{os.uname().nodename}-{os.getpid()}.jsonl"
-        self.journal = journal.open("a", buffering=1)
+        self.journal = Journal(self.store, self.stage.name)
         self._setup(device)
 
     def _setup(self, device: str) -> None:
-        deaths = self.store.begin_setup(self.stage.name)
-        if deaths >= self.spec.max_deaths:
+        name, asks = self.stage.name, self.stage.resources()
+        died, restarts = self.ledger.begin_setup(name, self.who)
+        if len(died) >= self.spec.max_deaths:
+            death = inquest(died[-1], self.who.host)
             raise WorkerStartError(
-                f"starting {self.stage.name} killed its process {deaths} times; is memory too small?"
+                f"starting {name} killed its process {len(died)} times: {death.words}\n{death.stack}"
             )
-        threads = self.stage.resources().threads
+        # Every worker of the pool may at the same time be held up by a row that kills it as often as it may.
+        if restarts > (self.spec.max_deaths + 1) * asks.max_workers * asks.concurrency:
+            raise WorkerStartError(f"{name}'s workers died {restarts} times without one batch coming to an end")
         try:
-            self.stage.setup(StageContext(device, threads, self.store, str(self.store.run_dir)))
+            self.stage.setup(StageContext(device, asks.threads, self.store, str(self.store.run_dir)))
         except Exception as error:
-            raise WorkerStartError(f"{self.stage.name} cannot start: {error}") from error
+            raise WorkerStartError(f"{name} cannot start: {error}") from error
         finally:
-            self.store.end_setup(self.stage.name)
+            self.ledger.end_setup(name, self.who)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Run a batch of schema `step.arriving`; returns the finished rows as the next stage wants them."""
         keys: list[str] = batch[self.step.key].to_pylist()
         # Rows that are not begun because the run is to stop stay undone, and are done by the next start.
-        added = self._checkpointed(batch, keys) if keys and not self.store.stopping() else {}
-        finished = [i for i, key in enumerate(keys) if key in added]
-        passed = batch.take(pa.array(finished, pa.int64()))
-        return self._leaving(passed, [added[keys[i]] for i in finished])
+        begun = keys and not self.store.stopping()
+        return self._leaving(batch, self._checkpointed(batch, keys) if begun else self.stored.empty_table())
 
     # -- one batch -----------------------------------------------------------------------------------------------
 
-    def _checkpointed(self, batch: pa.Table, keys: list[str]) -> dict[str, Row]:
-        """Added columns by key of all rows that are finished once the batch's outcome is on disk."""
+    def _checkpointed(self, batch: pa.Table, keys: list[str], mates: int = 0) -> pa.Table:
+        """The rows that are finished once the batch's outcome is on disk, as stored; `mates` were taken from it."""
         digest = batch_digest(keys)
-        part = self.store.part(self.stage.name, digest)
-        if part.exists():  # the same batch again: its outcome was written, only the answer got lost
-            return {row[self.step.key]: row for row in pq.read_table(part, partitioning=None).to_pylist()}
+        with contextlib.suppress(FileNotFoundError):
+            # The same batch again: its outcome was written, only the answer got lost, or what became of it.
+            return tables.read_part(self.store.part(self.stage.name, digest)).select(self.stored.names)
         if judged := self._failed_before(digest):
             # A worker died between writing the batch's failures and its finished rows: only those are owed.
             rest = [i for i, key in enumerate(keys) if key not in judged]
-            return self._checkpointed(batch.take(rest), [keys[i] for i in rest]) if rest else {}
-        return self._tried(batch, keys, digest, self.store.begin_try(self.stage.name, digest))
+            return self._checkpointed(batch.take(rest), [keys[i] for i in rest]) if rest else self.stored.empty_table()
+        who = dataclasses.replace(self.who, oom_kills=oom_kills())
+        return self._tried(batch, keys, digest, self.ledger.begin(self.stage.name, digest, who), mates)
 
     def _failed_before(self, digest: str) -> set[str]:
-        part = self.store.part("failures", f"{self.stage.name}-{digest}")
-        if not part.exists():
+        try:
+            part = tables.read_part(self.store.part("failures", f"{self.stage.name}-{digest}"), [self.step.key])
+        except FileNotFoundError:
             return set()
-        return set(pq.read_table(part, columns=[self.step.key], partitioning=None)[self.step.key].to_pylist())
+        return set(part[self.step.key].to_pylist())
 
-    def _tried(self, batch: pa.Table, keys: list[str], digest: str, deaths: int) -> dict[str, Row]:
+    def _tried(self, batch: pa.Table, keys: list[str], digest: str, died: list[Who], mates: int) -> pa.Table:
         self.report(Event(self.stage.name, digest, began=len(keys)))
         started = time.perf_counter()
-        outcome = self._outcome(batch, keys, digest, deaths)
+        outcome = self._outcome(batch, died, mates)
         seconds = time.perf_counter() - started
         if outcome is not None:
-            self._publish(batch, keys, digest, outcome, seconds)
-            self.store.end_try(self.stage.name, digest)
-            return outcome.added
+            self._publish(keys, digest, outcome, seconds)
+            self.ledger.end(self.stage.name, digest)
+            return outcome.finished
         self.report(Event(self.stage.name, digest, ended=True))
         # The try stays open: should this batch be delivered again, it must be taken apart again and read back.
-        added: dict[str, Row] = {}
-        for i, key in enumerate(keys):
-            added |= self._checkpointed(batch.slice(i, 1), [key])
-        return added
+        alone = [self._checkpointed(batch.slice(i, 1), [key], len(keys) - 1) for i, key in enumerate(keys)]
+        return pa.concat_tables(table.replace_schema_metadata() for table in alone)
 
-    def _outcome(self, batch: pa.Table, keys: list[str], digest: str, deaths: int) -> Outcome | None:
+    def _outcome(self, batch: pa.Table, died: list[Who], mates: int) -> Outcome | None:
         """Try the batch; None where its rows must be tried alone: it raised, or has killed a worker before."""
         rows = rows_of(batch, self.stage, self.spec.run_seed)
-        if len(rows) > 1 and deaths:
+        if len(rows) > 1 and died:
             return None
-        if deaths >= self.spec.max_deaths:
-            return Outcome(failures=[self._set_aside(rows[0], digest, deaths)])
+        if len(died) >= self.spec.max_deaths:
+            return Outcome(self.stored.empty_table(), [self._set_aside(rows[0], died, mates)])
         try:
-            return self._judge(rows, self._process(rows, digest))
-        except Exception as error:  # a model may raise anything; the traceback is kept with the row
-            _leave_if_broken(error)
-            return None if len(rows) > 1 else Outcome(failures=[self._failure(rows[0], error)])
+            return self._judge(rows, *self._process(rows))
+        except (Exception, SystemExit) as error:  # a model may raise anything; the traceback is kept with the row
+            self._leave_if_broken(error)
+            if len(rows) > 1:
+                return None
+            return Outcome(self.stored.empty_table(), [self._failure(rows[0], error)])
 
-    def _publish(self, batch: pa.Table, keys: list[str], digest: str, outcome: Outcome, seconds: float) -> None:
+    def _publish(self, keys: list[str], digest: str, outcome: Outcome, seconds: float) -> None:
         if outcome.failures:  # first, so that a batch whose part exists is complete
             self.store.publish_table("failures", f"{self.stage.name}-{digest}", failures_table(outcome.failures))
-        stored = self._stored(batch, keys, outcome, seconds)
-        self.store.publish_table(self.stage.name, digest, stored, self.spec.fingerprint)
-        done, failed = len(outcome.added), len(outcome.failures)
-        self._note("end", keys, done=done, failed=failed, seconds=round(seconds, 4))
+        self.store.publish_table(self.stage.name, digest, outcome.finished, self.spec.fingerprint)
+        done, failed = outcome.finished.num_rows, len(outcome.failures)
+        self.journal.note("end", keys, done=done, failed=failed, seconds=round(seconds, 4))
         self.report(Event(self.stage.name, digest, done=done, failed=failed, seconds=seconds, ended=True))
 
-    def _process(self, rows: list[Row], digest: str) -> Sequence[Row | RowError]:
-        self._note("begin", [row[self.step.key] for row in rows])
-        with time_limit(self._stack_file(digest), self.stage.resources().time_limit_s * len(rows)):
+    def _process(self, rows: list[Row]) -> tuple[Sequence[Row | RowError], float]:
+        """What the stage makes of the rows, and the seconds it took."""
+        self.journal.note("begin", [row[self.step.key] for row in rows])
+        started = time.perf_counter()
+        limit = self.stage.resources().time_limit_s * len(rows)
+        with self.last_words.time_limit(limit) if self.last_words else contextlib.nullcontext():
             results = self.stage.process(rows)
         if len(results) != len(rows):
             raise TypeError(f"{self.stage.name}.process got {len(rows)} rows and gave {len(results)} back")
-        return results
+        return results, time.perf_counter() - started
 
-    def _stack_file(self, digest: str) -> Path:
-        return self.store.session_dir / "journal" / f"{self.stage.name}-{digest}.stack"
+    def _set_aside(self, row: Row, died: list[Who], mates: int) -> dict[str, Any]:
+        """The failure of a row that took its worker down too often, with all that is known of how."""
+        deaths = [inquest(who, self.who.host) for who in died]
+        last = next((death for death in reversed(deaths) if death.stack), deaths[-1])
+        cleared = f"; the {mates} rows it came with were run without it" if mates else ""
+        if last.hung:
+            why = f"the row took longer than {self.stage.name}.pool.time_limit_s {len(died)} times{cleared}; "
+            error = RowError("timeout", f"{why}raise that if it may, else look at the traceback")
+        else:
+            why = f"processing this row ended its worker process {len(died)} times ({last.words}){cleared}; "
+            error = RowError("worker_died", f"{why}it is set aside")
+        return self._failure(row, error) | {"traceback": last.stack or None}
 
-    def _set_aside(self, row: Row, digest: str, deaths: int) -> dict[str, Any]:
-        """The failure of a row that took its worker down too often, with where it hung if that is what it did."""
-        stack = self._stack_file(digest)
-        hung = stack.read_text(errors="replace") if stack.exists() else ""
-        if hung:
-            limit = f"{self.stage.name}.pool.time_limit_s"
-            why = f"the row took longer than {limit} {deaths} times; raise that if it may, else look at the traceback"
-            return self._failure(row, RowError("timeout", why)) | {"traceback": hung}
-        why = f"processing this row ended its worker process {deaths} times; it is set aside"
-        return self._failure(row, RowError("worker_died", why))
-
-    def _judge(self, rows: list[Row], results: Sequence[Row | RowError]) -> Outcome:
-        outcome = Outcome()
-        for row, result in zip(rows, results, strict=True):
-            if isinstance(result, RowError):
-                outcome.failures.append(self._failure(row, result))
-            else:
-                outcome.added[row[self.step.key]] = self._complete(result)
-        return outcome
-
-    def _complete(self, result: Row) -> Row:
-        """Check a result against the schema now, while it is known which row it belongs to."""
+    def _judge(self, rows: list[Row], results: Sequence[Row | RowError], seconds: float) -> Outcome:
+        """Part results from failures, and check the results against the schema while it is known whose they are."""
+        failures = [self._failure(row, r) for row, r in zip(rows, results, strict=True) if isinstance(r, RowError)]
+        good = [(row, r) for row, r in zip(rows, results, strict=True) if not isinstance(r, RowError)]
         columns = self.step.table.columns
-        if missing := [c for c, f in columns.items() if result.get(c) is None and not f.nullable]:
-            raise TypeError(f"{self.stage.name}.process left out {', '.join(missing)}")
-        if unknown := [c for c in result if c not in columns]:
+        added = pa.schema(list(columns.values()))
+        if unknown := {c for _, result in good for c in result.keys() - columns.keys()}:
             raise TypeError(f"{self.stage.name}.process gave {', '.join(unknown)}, which its schema does not have")
-        return {column: pa.scalar(result.get(column), type=f.type).as_py() for column, f in columns.items()}
+        table = pa.Table.from_pylist([result for _, result in good], schema=added)
+        if missing := [c for c, f in columns.items() if not f.nullable and table[c].null_count]:
+            raise TypeError(f"{self.stage.name}.process left out {', '.join(missing)}")
+        for name in self.stored.names:
+            if name not in table.column_names:
+                share = seconds / len(rows)
+                values = [share if name == "seconds" else row[name] for row, _ in good]
+                table = table.append_column(name, pa.array(values, self.stored.field(name).type))
+        return Outcome(table.select(self.stored.names).cast(self.stored), failures)
+
+    def _leave_if_broken(self, error: BaseException) -> None:
+        """End this process where its CUDA context is lost: every later row would fail in it. Counts as a death."""
+        words = str(error)
+        if type(error).__name__ == "AcceleratorError" or ("CUDA error" in words and "out of memory" not in words):
+            traceback.print_exc()
+            if self.last_words:
+                self.last_words.leave(1, traceback.format_exc())
+            os._exit(1)
 
     # -- rows in and out -----------------------------------------------------------------------------------------
 
-    def _stored(self, batch: pa.Table, keys: list[str], outcome: Outcome, seconds: float) -> pa.Table:
-        identities = batch["identity_id"].to_pylist()
-        rows = []
-        for key, identity in zip(keys, identities, strict=True):
-            if key in outcome.added:
-                seed = row_seed(self.spec.run_seed, key, self.stage.name)
-                extra = {"identity_id": identity, self.step.key: key, "seed": seed, "seconds": seconds / len(keys)}
-                rows.append({**outcome.added[key], **extra})
-        return pa.Table.from_pylist(rows, schema=self.stored)
-
-    def _leaving(self, passed: pa.Table, added: list[Row]) -> pa.Table:
+    def _leaving(self, batch: pa.Table, finished: pa.Table) -> pa.Table:
         """Rows for the next stage: what it and its successors need, one per sample where the grain changes."""
+        places = pc.index_in(finished[self.step.key], value_set=batch[self.step.key].combine_chunks())
+        passed = batch.take(places)
         columns: dict[str, Any] = {name: passed[name] for name in passed.column_names}
         columns[ATTEMPT] = pa.array([1] * passed.num_rows, pa.int32())
-        for name in self.step.leaving.names:
-            if name in self.step.table.columns:
-                columns[name] = pa.array([row[name] for row in added], self.step.leaving.field(name).type)
-        table = pa.table([columns[n] for n in self.step.leaving.names], schema=self.step.leaving)
+        columns |= {name: finished[name] for name in self.step.leaving.names if name in self.step.table.columns}
+        table = pa.table([columns[n] for n in self.step.leaving.names], names=self.step.leaving.names)
+        table = table.cast(self.step.leaving)
         return explode(table, self.step.passing) if self.step.explodes else table
 
     def _failure(self, row: Row, error: BaseException) -> dict[str, Any]:
@@ -252,39 +273,27 @@ class Worker:
             "failed_at": datetime.now(UTC),
         }
 
-    def _note(self, event: str, keys: Iterable[str], **values: Any) -> None:
-        self.journal.write(json.dumps({"t": time.time(), "event": event, "keys": list(keys), **values}) + "\n")
+
+class Journal:
+    """What a worker began and ended, one line of JSON each, for people and tests; only where the run lies on disk."""
+
+    def __init__(self, store: Store, stage: str) -> None:
+        self.file = None
+        self.lock = threading.Lock()
+        folder = store.session_dir / "journal"
+        if isinstance(folder, Path):
+            self.file = (folder / f"{stage}-{os.uname().nodename}-{os.getpid()}.jsonl").open("a", buffering=1)
+
+    def note(self, event: str, keys: Sequence[str], **values: Any) -> None:
+        """Write one line."""
+        if self.file is not None:
+            with self.lock:
+                self.file.write(json.dumps({"t": time.time(), "event": event, "keys": list(keys), **values}) + "\n")
 
 
 def _text(words: str) -> str:
     """Words that Parquet can hold: lone surrogates, which Python allows, become question marks."""
     return words.encode("utf-8", "replace").decode()
-
-
-def _leave_if_broken(error: Exception) -> None:
-    """End this process where its CUDA context is lost: every later row would fail in it. The try counts as a death."""
-    words = str(error)
-    if type(error).__name__ == "AcceleratorError" or ("CUDA error" in words and "out of memory" not in words):
-        traceback.print_exc()
-        os._exit(1)
-
-
-@contextmanager
-def time_limit(stack: Path, seconds: float) -> Iterator[None]:
-    """End this process if the block takes longer than `seconds` (0: no limit), leaving its Python stacks in a file.
-
-    The watch is faulthandler's own C thread, so that it also ends code that hangs while it holds the interpreter.
-    """
-    if not seconds:
-        yield
-        return
-    with stack.open("w") as file:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=file)
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-            stack.unlink()
 
 
 def rows_of(batch: pa.Table, stage: Stage, run_seed: int) -> list[Row]:

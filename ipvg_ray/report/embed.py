@@ -9,7 +9,7 @@ import base64
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
@@ -17,6 +17,7 @@ from PIL import Image
 
 from ipvg_ray.media import images
 from ipvg_ray.report import facts
+from ipvg_ray.storage import RunPath
 
 
 class Budget:
@@ -87,7 +88,7 @@ class Clip:
     note: str = ""
 
 
-def clip(run_dir: Path, uri: str | None, budget: Budget) -> Clip:
+def clip(run_dir: RunPath, uri: str | None, budget: Budget) -> Clip:
     """A video of the run, packed into the page where it fits.
 
     Args:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ipvg_ray import tables
+from ipvg_ray.storage import RunPath, parquet
 
 _BATCH = 64  # rows decoded at a time: a row group of pictures never stands in memory whole
 _BUFFER = 1 << 20  # without a buffer Arrow reads a whole column chunk at once
@@ -34,12 +34,12 @@ class Lookup:
         narrow: the columns read whole, all rows in the order of the files; a column the files lack is left out.
     """
 
-    files: tuple[Path, ...]
+    files: tuple[RunPath, ...]
     starts: np.ndarray
     narrow: pa.Table
 
     @classmethod
-    def open(cls, run_dir: Path, table: str, columns: Sequence[str]) -> Lookup:
+    def open(cls, run_dir: RunPath, table: str, columns: Sequence[str]) -> Lookup:
         """Read `columns` of all rows of a table; a table that has not been begun has no rows."""
         files = tuple(tables.parts(run_dir, table))
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -91,16 +91,16 @@ def _present(file: pq.ParquetFile, columns: Sequence[str]) -> list[str]:
     return [column for column in columns if column in file.schema_arrow.names]
 
 
-def _read_narrow(path: Path, columns: Sequence[str]) -> pa.Table:
-    with pq.ParquetFile(path) as file:
+def _read_narrow(path: RunPath, columns: Sequence[str]) -> pa.Table:
+    with parquet(path) as file:
         table = file.read(columns=_present(file, columns), use_threads=False)
         return table.replace_schema_metadata(None)
 
 
-def _read_rows(path: Path, places: np.ndarray, columns: Sequence[str]) -> list[dict[str, Any]]:
+def _read_rows(path: RunPath, places: np.ndarray, columns: Sequence[str]) -> list[dict[str, Any]]:
     """Rows of one file; `places` ascend and do not repeat."""
     rows: list[dict[str, Any]] = []
-    with pq.ParquetFile(path, buffer_size=_BUFFER) as file:
+    with parquet(path, buffer_size=_BUFFER) as file:
         present = _present(file, columns)
         start = 0
         for group in range(file.num_row_groups):

@@ -13,7 +13,6 @@ import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -25,11 +24,12 @@ from ipvg_ray.report import facts, scores
 from ipvg_ray.report.embed import Budget
 from ipvg_ray.report.progress import FAILED, FINISHED, Progress, choose, read_progress
 from ipvg_ray.report.views import IdentityView, failure_groups, sample_views
+from ipvg_ray.storage import RunPath, S3Path, run_path
 
 MINI_PROFILE = "cpu-mini"
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: RunPath) -> RunPath:
     """Write `<run>/report.html`, replacing an earlier one in one step.
 
     Args:
@@ -41,19 +41,25 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         FileNotFoundError: where the folder holds no run.json.
     """
-    run_dir = Path(run_dir)
-    page = render(run_dir).encode("utf-8", "replace")
+    run_dir = run_path(run_dir)
     place = run_dir / "report.html"
-    temporary = run_dir / f".report-{uuid.uuid4().hex}.html"
+    _replace(place, render(run_dir).encode("utf-8", "replace"))
+    return place
+
+
+def _replace(place: RunPath, page: bytes) -> None:
+    if isinstance(place, S3Path):
+        place.write_bytes(page)
+        return
+    temporary = place.with_name(f".report-{uuid.uuid4().hex}.html")
     try:
         temporary.write_bytes(page)
         os.replace(temporary, place)
     finally:
         temporary.unlink(missing_ok=True)
-    return place
 
 
-def render(run_dir: Path) -> str:
+def render(run_dir: RunPath) -> str:
     """The page's HTML. Raises FileNotFoundError where the folder is not a run directory."""
     run = facts.mapping(tables.read_run(run_dir))
     config = facts.mapping(run.get("config"))
@@ -86,7 +92,7 @@ def _bounds(config: Mapping[str, Any]) -> tuple[int, int]:
     return int(default.rows if rows is None else rows), int(default.embed_mb if embed_mb is None else embed_mb)
 
 
-def _head(run_dir: Path, run: Mapping[str, Any], config: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
+def _head(run_dir: RunPath, run: Mapping[str, Any], config: Mapping[str, Any], progress: Progress) -> dict[str, Any]:
     """Everything above the samples."""
     sessions = facts.sessions(run)
     names = list(progress.lookups)

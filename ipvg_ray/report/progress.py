@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ import pyarrow.compute as pc
 
 from ipvg_ray import schema, tables
 from ipvg_ray.report.lookup import Lookup
+from ipvg_ray.storage import RunPath
 
 STAGES = ("faces", "matting", "prompts", "first_frame", "video", "evaluate")
 """The stages of a run whose run.json does not name its own."""
@@ -68,7 +68,7 @@ class Progress:
         return int(np.isin(self.status, status).sum())
 
 
-def read_progress(run_dir: Path, run: Mapping[str, Any]) -> Progress:
+def read_progress(run_dir: RunPath, run: Mapping[str, Any]) -> Progress:
     """Read the keys of every table of a run and work out what has become of each row."""
     names = [name for name in run.get("stages") or STAGES if name not in (*tables.INPUT_TABLES, "failures")]
     identities = tables.read_table(run_dir, "identities", [])["identity_id"]

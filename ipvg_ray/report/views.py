@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from ipvg_ray.report import facts, scores
 from ipvg_ray.report.embed import Budget, Clip, Picture, clip, picture
 from ipvg_ray.report.lookup import Lookup
 from ipvg_ray.report.progress import FAILED, FINISHED, Progress, group_failures
+from ipvg_ray.storage import RunPath
 
 LISTED = 5000
 """Failures listed at most; a page with more is of no use to anyone, and the failures table has them all."""
@@ -98,7 +98,7 @@ class IdentityView:
     samples: list[SampleView]
 
 
-def sample_views(run_dir: Path, progress: Progress, chosen: np.ndarray, budget: Budget) -> list[IdentityView]:
+def sample_views(run_dir: RunPath, progress: Progress, chosen: np.ndarray, budget: Budget) -> list[IdentityView]:
     """The chosen samples by identity, in the set's order. Pictures take their room before videos do."""
     keys = progress.samples.take(pa.array(chosen))
     ids = [str(value) for value in keys["sample_id"].to_pylist()]
@@ -141,14 +141,14 @@ def failure_groups(progress: Progress, anchors: Mapping[tuple[str, str | None], 
     return groups
 
 
-def _read_samples(run_dir: Path, progress: Progress, ids: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
+def _read_samples(run_dir: RunPath, progress: Progress, ids: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
     """Table to sample to row, of the tables that describe samples."""
     known = {"samples": Lookup.open(run_dir, "samples", ["sample_id"]), **progress.lookups}
     names = [n for n in ("samples", "prompts", "first_frame", "video", "evaluate") if n in known]
     return {name: known[name].rows("sample_id", ids, _all_columns(name)) for name in names}
 
 
-def _read_identities(run_dir: Path, progress: Progress, ids: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
+def _read_identities(run_dir: RunPath, progress: Progress, ids: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
     known = {"identities": Lookup.open(run_dir, "identities", ["identity_id"]), **progress.lookups}
     names = [n for n in ("identities", "faces", "matting") if n in known]
     return {name: known[name].rows("identity_id", ids, _all_columns(name)) for name in names}

@@ -1,0 +1,106 @@
+"""What is noted ahead of every try, so that a death can be laid at the door of the rows that were in work.
+
+One ledger serves a run; it lives with the driver, outside of every worker. A try that is begun and never ends has taken
+its worker down, unless the worker's whole node was lost: then nobody is to blame.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Who:
+    """A worker process.
+
+    Attributes:
+        worker: name that stays the same when the worker is started again.
+        process: name of this one process.
+        node: id of its node.
+        host: name of its node, for people.
+        trace: file in which the process leaves its last words; see `ipvg_ray.pipeline.deaths`.
+        oom_kills: processes that the node's kernel had killed for memory when this one began its try.
+    """
+
+    worker: str
+    process: str
+    node: str
+    host: str
+    trace: str
+    oom_kills: int = 0
+
+
+class Ledger(Protocol):
+    """What a worker asks of the ledger."""
+
+    def begin_setup(self, stage: str, who: Who) -> tuple[list[Who], int]:
+        """Note ahead that a worker begins to load.
+
+        Returns:
+            The processes that have died while they loaded this worker, since it last could be loaded; and how often
+            workers of the stage were started again since it last ended a batch.
+        """
+        ...
+
+    def end_setup(self, stage: str, who: Who) -> None:
+        """Note that it has loaded, or said why it cannot."""
+        ...
+
+    def begin(self, stage: str, batch: str, who: Who) -> list[Who]:
+        """Note ahead that a batch is begun; returns the workers that died in earlier tries of it."""
+        ...
+
+    def end(self, stage: str, batch: str) -> None:
+        """Forget the tries of a batch that has ended, well or with a failure."""
+        ...
+
+
+@dataclass
+class TryLedger:
+    """The ledger itself, plain Python.
+
+    Attributes:
+        node_lost: whether a node, by its id, has left the cluster.
+        tries: per stage and batch, the tries that have begun and not ended.
+        loading: per stage, the processes that have begun to load and not told that they ended it.
+        started: workers that have started before.
+        restarts: per stage, processes that took a dead one's place since a batch of the stage last ended.
+        lost_tries: tries that were not held against their rows, because a node was lost.
+    """
+
+    node_lost: Callable[[str], bool] = lambda node: False
+    tries: dict[tuple[str, str], list[Who]] = field(default_factory=dict)
+    loading: dict[str, list[Who]] = field(default_factory=lambda: defaultdict(list))
+    started: dict[str, Who] = field(default_factory=dict)
+    restarts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    lost_tries: int = 0
+
+    def begin_setup(self, stage: str, who: Who) -> tuple[list[Who], int]:
+        """See `Ledger`. A worker that starts again has died before, while it loaded or after it."""
+        before = self.started.get(who.worker)
+        if before is not None and not self.node_lost(before.node):
+            self.restarts[stage] += 1
+        self.started[who.worker] = who
+        died = [w for w in self.loading[stage] if w.worker == who.worker and not self.node_lost(w.node)]
+        self.loading[stage] = [w for w in self.loading[stage] if w.worker != who.worker] + [*died, who]
+        return died, self.restarts[stage]
+
+    def end_setup(self, stage: str, who: Who) -> None:
+        """See `Ledger`."""
+        self.loading[stage] = [w for w in self.loading[stage] if w.worker != who.worker]
+
+    def begin(self, stage: str, batch: str, who: Who) -> list[Who]:
+        """See `Ledger`."""
+        earlier = [w for w in self.tries.get((stage, batch), []) if w.process != who.process]
+        died = [w for w in earlier if not self.node_lost(w.node)]
+        self.lost_tries += len(earlier) - len(died)
+        self.tries[stage, batch] = [*died, who]
+        return died
+
+    def end(self, stage: str, batch: str) -> None:
+        """See `Ledger`."""
+        self.tries.pop((stage, batch), None)
+        self.restarts[stage] = 0
