@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
 
-import pyarrow.parquet as pq
 from engine_driver import STAGES, Third
 
 from ipvg_ray import tables
 from ipvg_ray.media.names import safe_name
+from ipvg_ray.storage import RunPath
 
 
-def raw_keys(run_dir: Path, stage: str, key: str) -> list[str]:
+def raw_keys(run_dir: RunPath, stage: str, key: str) -> list[str]:
     """Keys as the part files hold them, doubles included."""
-    return [k for part in tables.parts(run_dir, stage) for k in pq.read_table(part, columns=[key])[key].to_pylist()]
+    return [k for part in tables.parts(run_dir, stage) for k in tables.read_part(part, [key])[key].to_pylist()]
 
 
-def check_complete(run_dir: Path, failed: dict[str, set[str]] | None = None) -> None:
+def check_complete(run_dir: RunPath, failed: dict[str, set[str]] | None = None) -> None:
     """Each row of each stage exactly once, in its table or in the failures; values right; files where they belong."""
     failed = failed or {}
     identities = raw_keys(run_dir, "identities", "identity_id")
@@ -47,7 +46,7 @@ def check_complete(run_dir: Path, failed: dict[str, set[str]] | None = None) -> 
         assert place.read_text() == row["answer"]
 
 
-def check_nothing_redone(run_dir: Path, keys: dict[str, str] | None = None) -> int:
+def check_nothing_redone(run_dir: RunPath, keys: dict[str, str] | None = None) -> int:
     """No row was begun in a session after the one whose part file holds it; returns how many begins there were.
 
     Args:
@@ -58,7 +57,7 @@ def check_nothing_redone(run_dir: Path, keys: dict[str, str] | None = None) -> i
         finished_in = {
             k: part.name.split("-")[1] + "-" + part.name.split("-")[2]
             for part in tables.parts(run_dir, stage)
-            for k in pq.read_table(part, columns=[key])[key].to_pylist()
+            for k in tables.read_part(part, [key])[key].to_pylist()
         }
         for session in sorted(p.name for p in (run_dir / "_engine").iterdir() if (p / "journal").is_dir()):
             for file in (run_dir / "_engine" / session / "journal").glob(f"{stage}-*.jsonl"):

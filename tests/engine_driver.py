@@ -1,12 +1,14 @@
 """A pipeline of three stages without models, run as a program so that tests can kill it: sum, double, end.
 
 usage: python engine_driver.py RUN --identities N --prompts M [--delay S] [--bad KEY=HOW ...] [--workers N] [--batch N]
-HOW: raise, row-error, exit (its process dies), hang (needs --limit), setup-raise (KEY is a stage).
+       [--limit SECONDS] [--cpus N]
+HOW: raise, row-error, exit and segfault (its process dies), hang (needs --limit), setup-raise (KEY is a stage).
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import random
 import sys
@@ -63,6 +65,8 @@ class _Fake(Stage):
             time.sleep(self.config.delay * random.random() * 2)
             if how == "exit":
                 os._exit(1)
+            if how == "segfault":
+                ctypes.string_at(0)
             if how == "hang":
                 time.sleep(10**6)
             if how == "raise":
@@ -172,11 +176,18 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--limit", type=float, default=0.0)
+    parser.add_argument("--cpus", type=float, default=0.1)
     parser.add_argument("--bad", nargs="*", default=[])
     options = parser.parse_args()
     bad = dict(text.rsplit("=", 1) for text in options.bad)
     asked = request(
-        options.run, workers=options.workers, batch=options.batch, delay=options.delay, bad=bad, limit=options.limit
+        options.run,
+        workers=options.workers,
+        batch=options.batch,
+        delay=options.delay,
+        bad=bad,
+        limit=options.limit,
+        cpus=options.cpus,
     )
     result = engine.run(asked, freeze_fake(options.identities, options.prompts))
     for name, counts in result.counts.items():

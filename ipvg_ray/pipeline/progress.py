@@ -192,6 +192,7 @@ def own_terminal(log: Path) -> Iterator[TextIO]:
     Yields:
         The real standard error.
     """
+    log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
