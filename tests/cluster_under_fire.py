@@ -1,8 +1,8 @@
 """A cluster of several nodes on one machine, of which one after another loses its power, while a driver runs on it.
 
 usage: python cluster_under_fire.py SEED SHOTS EVENTS DRIVER...
-SEED decides what is hit and when; SHOTS names what may be hit (node,worker,driver); EVENTS is how often. A node that is
-hit is replaced; a driver that is hit is started again. Prints one JSON object: what was hit, and the driver's exit code.
+SEED decides what is hit and when; SHOTS names what may be hit (node,worker,driver); EVENTS is how often. A node that
+is hit is replaced; a driver that is hit is started again. Prints one JSON object: what was hit, and the exit code.
 """
 
 from __future__ import annotations
