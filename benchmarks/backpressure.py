@@ -85,9 +85,10 @@ class Peaks:
 @contextmanager
 def watched(begun: Path, ended: Path) -> Iterator[Peaks]:
     """Watch this process, the object store, and how many files the two folders differ by."""
+    import ray
     from ray._private.internal_api import get_memory_info_reply, get_state_from_address
 
-    state = get_state_from_address(None)
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
     peaks, stop = Peaks(), threading.Event()
     base = psutil.Process().memory_info().rss
 
@@ -164,11 +165,11 @@ def plain(rows: int, slow: float, folder: Path) -> Peaks:
     return peaks
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", default=[100, 200, 400])
     parser.add_argument("--slow", type=float, default=0.1)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     execute.connect()
     ratio = options.slow / FAST
     print(f"frames of {FRAME / 1e6:.1f} MB, the second stage {ratio:.0f} times slower, {WORKERS} workers")

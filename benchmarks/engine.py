@@ -1,8 +1,10 @@
-"""What the engine costs: rows per second of three stages that do nothing, with our checkpoints and as a plain Ray Data
-chain of the same stages run beside it; and how long a finished run takes to survey.
+"""What the engine costs: five stages that do next to nothing, on Ray, with our checkpoints, with ours but nothing
+written, and as a plain Ray Data chain of the same stages run beside them. Then the start of a resume and the
+backpressure, from `resume.py` and `backpressure.py`.
 
-usage: python benchmarks/engine.py [--rows 20000] [--batch 100] [--repeat 3]
-Prints medians and the ratio ours / plain; 1.0 would be free.
+usage: python benchmarks/engine.py [--rows 50000] [--batch 500] [--repeat 3] [--only throughput|resume|backpressure]
+The cost of a row is what twice the rows take longer, divided by the rows: the start of actors, which a run pays once,
+is left out and shown apart. Prints medians and the ratios to the plain chain; 1.0 would be free.
 """
 
 from __future__ import annotations
@@ -14,46 +16,107 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-TESTS = str(Path(__file__).parent.parent / "tests")
-sys.path.insert(0, TESTS)
-os.environ["PYTHONPATH"] = TESTS  # the workers need the stages of tests/engine_driver.py too
+HERE = Path(__file__).parent
+PATHS = [str(HERE), str(HERE.parent / "tests")]
+sys.path[:0] = PATHS
+os.environ["PYTHONPATH"] = os.pathsep.join(PATHS)  # the workers need these modules too
 
-from engine_driver import freeze_fake, request
+import backpressure
+import resume
+from engine_driver import FakeConfig, FakeSection, _table, freeze_fake
 
+from ipvg_ray import schema
+from ipvg_ray.config import PoolConfig
 from ipvg_ray.pipeline import execute
 from ipvg_ray.pipeline import run as engine
-from ipvg_ray.pipeline.plan import Step, make_steps
+from ipvg_ray.pipeline.stage import Row, RowError, Stage
+from ipvg_ray.pipeline.store import Store
 from ipvg_ray.pipeline.tickets import write_tickets
+from ipvg_ray.storage import RunPath
+
+NAMES = ("one", "two", "three", "four", "five")
+PROMPTS = 5
+
+
+class Light(Stage):
+    """Adds a short text made from the one before it."""
+
+    name, grain, needs = "one", "sample", ("prompt",)
+
+    @classmethod
+    def table(cls) -> schema.Table:
+        return _table(cls.name, "sample", **{f"text_{cls.name}": pa.string()})
+
+    def fingerprint_settings(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def settings(self) -> Any:
+        return self.config.first  # type: ignore[attr-defined]
+
+    def process(self, rows: Sequence[Row]) -> Sequence[Row | RowError]:
+        return [{f"text_{self.name}": f"{row[self.needs[0]][:20]} {self.name}"} for row in rows]
+
+
+class Two(Light):
+    name, needs = "two", ("text_one",)
+
+
+class Three(Light):
+    name, needs = "three", ("text_two",)
+
+
+class Four(Light):
+    name, needs = "four", ("text_three",)
+
+
+class Five(Light):
+    name, needs = "five", ("text_four",)
+
+
+STAGES = (Light, Two, Three, Four, Five)
+
+
+def make_stages(batch: int) -> list[Stage]:
+    config = FakeConfig(first=FakeSection(pool=PoolConfig(cpus=0.1, batch_size=batch)))
+    return [stage(config) for stage in STAGES]  # type: ignore[arg-type]
 
 
 class Plain:
-    """The same stages without checkpoints: rows to dictionaries, process, rows to Arrow."""
+    """A stage without a checkpoint: rows to dictionaries, process, rows to Arrow, the last text handed on."""
 
-    def __init__(self, step: Step) -> None:
-        self.step = step
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = [row | {"seed": 0} for row in batch.to_pylist()]
-        added = [{"text": f"{row['prompt']}", "blob": b"\0" * 1000} for row in rows]
-        return pa.Table.from_pylist([row | new for row, new in zip(rows, added, strict=True)])
+        rows = batch.to_pylist()
+        added = self.stage.process(rows)
+        keep = ("identity_id", "sample_id", "prompt_id")
+        return pa.Table.from_pylist(
+            [{key: row[key] for key in keep} | new for row, new in zip(rows, added, strict=True)]  # type: ignore[operator]
+        )
 
 
-def plain(rows: int, batch: int, stages: Sequence[Step]) -> float:
+def plain(rows: int, batch: int) -> float:
     """Seconds for a chain of `map_batches` over the same number of rows."""
     import ray
 
-    table = pa.table({"sample_id": [f"id{i}" for i in range(rows)], "prompt": ["p" * 20] * rows})
+    ids = [f"id{i // PROMPTS:05d}" for i in range(rows)]
+    keys = {"identity_id": ids, "sample_id": [f"{k}/prompt{i % PROMPTS}" for i, k in enumerate(ids)]}
+    table = pa.table({**keys, "prompt_id": ["prompt"] * rows, "prompt": [f"prompt of {k}" for k in ids]})
+    blocks = [table.slice(start, batch) for start in range(0, rows, batch)]
     started = time.perf_counter()
-    dataset = ray.data.from_arrow(table).repartition(target_num_rows_per_block=batch)
-    for step in stages:
+    dataset = ray.data.from_arrow(blocks)
+    for stage in make_stages(batch):
         dataset = dataset.map_batches(
-            type(step.name, (Plain,), {}),
-            fn_constructor_args=(step,),
+            type(stage.name, (Plain,), {}),
+            fn_constructor_args=(stage,),
             batch_size=batch,
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=1),
@@ -64,48 +127,68 @@ def plain(rows: int, batch: int, stages: Sequence[Step]) -> float:
     return time.perf_counter() - started
 
 
-def ours(rows: int, batch: int) -> tuple[float, float]:
-    """Seconds of one execution with checkpoints, and of opening the finished run again."""
+@dataclass(frozen=True)
+class Unwritten(Store):
+    """A store that forgets: what the engine costs beside its files."""
+
+    def publish_table(self, name: str, part: str, table: pa.Table, fingerprint: str = "") -> RunPath:
+        return self.part(name, part)
+
+
+def ours(rows: int, batch: int, written: bool) -> float:
+    """Seconds of one execution."""
     with tempfile.TemporaryDirectory() as folder:
-        asked = request(Path(folder) / "run", batch=batch)
-        asked.stages[-1].one = lambda row: {"answer": row["text"], "uri": ""}  # type: ignore[attr-defined]
-        freeze = freeze_fake(rows // 4, 4)
-        with engine.opened(asked, freeze) as this:
-            files: dict[str, Any] = {
-                s.name: write_tickets(this.store.tickets_dir, this.steps, i, this.found)
-                for i, s in enumerate(this.steps)
-                if len(this.found.entry[s.name])
-            }
+        values = {"dataset": {"path": "fake", "strict": False}}
+        asked = engine.Request(Path(folder) / "run", values, 1, make_stages(batch))
+        with engine.opened(asked, freeze_fake(rows // PROMPTS, PROMPTS)) as this:
+            if not written:
+                this.store = Unwritten(this.store.run_dir, this.store.session)
             specs = engine.specs(this, asked)
             started = time.perf_counter()
-            execute.execute(this.steps, specs, files, lambda events: None)
+            tickets = {NAMES[0]: write_tickets(this.store.tickets_dir, this.steps, 0, this.found)}
+            execute.execute(this.steps, specs, tickets, lambda events: None, execute.make_desk())
             seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        with engine.opened(asked, freeze) as again:
-            assert all(counts.waiting == 0 for counts in again.found.counts.values())
-        return seconds, time.perf_counter() - started
+            if written:
+                assert this.survey().counts[NAMES[-1]].done == rows
+            return seconds
+
+
+def throughput(rows: int, batch: int, repeat: int) -> None:
+    """Print seconds per thousand rows of the three ways."""
+    ways = {
+        "plain Ray Data chain": lambda n: plain(n, batch),
+        "ipvg_ray, nothing written": lambda n: ours(n, batch, False),
+        "ipvg_ray, with checkpoints": lambda n: ours(n, batch, True),
+    }
+    times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    execute.connect()
+    for _ in range(repeat):
+        for way, measure in ways.items():
+            times[way].append((measure(rows), measure(2 * rows)))
+    execute.shutdown()
+    print(f"{len(STAGES)} stages, batches of {batch}, {rows} and {2 * rows} rows, medians of {repeat}")
+    print(f"{'':28}{'one run':>10}{'twice':>10}{'ms per 1000 rows':>18}{'rows/s':>10}{'ratio':>8}")
+    base = 0.0
+    for way, pairs in times.items():
+        once, twice = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
+        cost = statistics.median(pair[1] - pair[0] for pair in pairs) / rows
+        base = base or cost
+        print(f"{way:28}{once:9.2f}s{twice:9.2f}s{cost * 1e6:18.1f}{1 / cost:10.0f}{cost / base:8.2f}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=20_000)
-    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--rows", type=int, default=50_000)
+    parser.add_argument("--batch", type=int, default=500)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--only", choices=["throughput", "resume", "backpressure"])
     options = parser.parse_args()
-    execute.connect()
-    steps = make_steps(request(Path("unused")).stages)
-    pairs = [
-        (plain(options.rows, options.batch, steps), ours(options.rows, options.batch)) for _ in range(options.repeat)
-    ]
-    execute.shutdown()
-    chain = statistics.median(p for p, _ in pairs)
-    full = statistics.median(o for _, (o, _) in pairs)
-    survey = statistics.median(s for _, (_, s) in pairs)
-    print(f"{options.rows} samples, 3 stages, batches of {options.batch}, median of {options.repeat}")
-    print(f"plain Ray Data chain   {chain:7.2f} s  {options.rows / chain:8.0f} rows/s")
-    print(f"with checkpoints       {full:7.2f} s  {options.rows / full:8.0f} rows/s")
-    print(f"ratio ours / plain     {full / chain:7.2f}")
-    print(f"survey of the finished run {survey:.2f} s")
+    if options.only in (None, "throughput"):
+        throughput(options.rows, options.batch, options.repeat)
+    if options.only in (None, "resume"):
+        resume.main([])
+    if options.only in (None, "backpressure"):
+        backpressure.main([])
 
 
 if __name__ == "__main__":

@@ -103,12 +103,12 @@ def measure(rows: int, part: int, repeat: int) -> None:
         print(f"ratio {start / scan:5.1f}  peak memory so far {peak:5.0f} MB", flush=True)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--part", type=int, default=10_000)
     parser.add_argument("--repeat", type=int, default=3)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     for rows in options.rows:
         measure(rows, options.part, options.repeat)
 

@@ -12,7 +12,7 @@ import pytest
 
 from ipvg_ray.pipeline import deaths
 from ipvg_ray.pipeline.deaths import inquest
-from ipvg_ray.pipeline.ledger import TryLedger, Who
+from ipvg_ray.pipeline.ledger import Event, TryLedger, Who
 
 
 def who(process: str, worker: str = "w", node: str = "n") -> Who:
@@ -21,21 +21,23 @@ def who(process: str, worker: str = "w", node: str = "n") -> Who:
 
 def test_tries_that_never_ended_are_deaths_until_the_batch_ends() -> None:
     ledger = TryLedger()
-    assert ledger.begin("s", "b", who("1")) == []
-    assert ledger.begin("s", "b", who("1")) == [], "the same process again: its answer got lost"
-    assert [w.process for w in ledger.begin("s", "b", who("2"))] == ["1"]
-    assert [w.process for w in ledger.begin("s", "b", who("3"))] == ["1", "2"]
-    assert ledger.begin("s", "other", who("3")) == []
-    ledger.end("s", "b")
-    assert ledger.begin("s", "b", who("4")) == []
+    assert ledger.begin(Event("s", "b"), who("1")) == []
+    assert ledger.begin(Event("s", "b"), who("1")) == [], "the same process again: its answer got lost"
+    assert [w.process for w in ledger.begin(Event("s", "b"), who("2"))] == ["1"]
+    assert [w.process for w in ledger.begin(Event("s", "b"), who("3"))] == ["1", "2"]
+    assert ledger.begin(Event("s", "other"), who("3")) == []
+    ledger.end(Event("s", "b"), False)
+    assert len(ledger.begin(Event("s", "b"), who("3"))) == 2, "taken apart: its rows may still kill"
+    ledger.end(Event("s", "b"), True)
+    assert ledger.begin(Event("s", "b"), who("4")) == []
 
 
 def test_a_lost_node_is_nobodys_fault() -> None:
     lost = {"far"}
     ledger = TryLedger(lambda node: node in lost)
-    ledger.begin("s", "b", who("1", node="far"))
-    ledger.begin("s", "b", who("2", node="near"))
-    assert [w.process for w in ledger.begin("s", "b", who("3"))] == ["2"]
+    ledger.begin(Event("s", "b"), who("1", node="far"))
+    ledger.begin(Event("s", "b"), who("2", node="near"))
+    assert [w.process for w in ledger.begin(Event("s", "b"), who("3"))] == ["2"]
     assert ledger.lost_tries == 1
     ledger.begin_setup("s", who("1", "w1", "far"))
     assert ledger.begin_setup("s", who("2", "w1", "near")) == ([], 0)
@@ -51,7 +53,7 @@ def test_deaths_while_loading_are_counted_per_worker_and_forgiven_once_it_loads(
     assert ([w.process for w in died], restarts) == (["1", "2"], 2)
     ledger.end_setup("s", who("3"))
     assert ledger.begin_setup("s", who("4")) == ([], 3)
-    ledger.end("s", "b")
+    ledger.end(Event("s", "b"), True)
     assert ledger.begin_setup("s", who("5"))[1] == 1, "a batch that ends shows that the stage can work"
 
 

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ipvg_ray.pipeline.ledger import Event
 from ipvg_ray.pipeline.progress import Display, Progress, duration
 from ipvg_ray.pipeline.survey import Counts
-from ipvg_ray.pipeline.worker import Event
 
 
 def fresh() -> Progress:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from ipvg_ray import tables
 from ipvg_ray.pipeline import run as engine
 from ipvg_ray.pipeline.lease import RunLockedError, lock
-from ipvg_ray.pipeline.ledger import TryLedger
+from ipvg_ray.pipeline.ledger import Event, TryLedger
 from ipvg_ray.pipeline.plan import PlanError, make_steps
 from ipvg_ray.pipeline.status import status
 from ipvg_ray.pipeline.store import Store, batch_digest, new_session, row_seed
@@ -130,8 +130,8 @@ def test_a_worker_that_died_is_counted_and_the_row_set_aside(tmp_path: Path) -> 
         poison, fine = batch["identity_id"].to_pylist()
         ledger = TryLedger()
         for _ in range(3):  # what three workers leave that died on this row
-            ledger.begin("first", batch_digest([poison]), this_process())
-        ledger.begin("first", batch_digest([poison, fine]), this_process())
+            ledger.begin(Event("first", batch_digest([poison])), this_process())
+        ledger.begin(Event("first", batch_digest([poison, fine])), this_process())
         worker = make_worker(this, asked, "first", ledger)
         assert set(worker(batch)["identity_id"].to_pylist()) == {fine}
         (failure,) = tables.read_table(asked.run_dir, "failures").to_pylist()

@@ -23,20 +23,18 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ipvg_ray.errors import UserError
-from ipvg_ray.pipeline.deaths import LastWords, trace_folder
+from ipvg_ray.pipeline.deaths import LastWords, oom_kills, trace_folder
 from ipvg_ray.pipeline.lead import bound_lead
-from ipvg_ray.pipeline.ledger import TryLedger, Who
+from ipvg_ray.pipeline.ledger import Event, TryLedger, Who
 from ipvg_ray.pipeline.plan import Step
 from ipvg_ray.pipeline.stage import Resources
 from ipvg_ray.pipeline.store import Store
 from ipvg_ray.pipeline.tickets import TicketFile, read_rows
-from ipvg_ray.pipeline.worker import Event, Worker, WorkerSpec, WorkerStartError
+from ipvg_ray.pipeline.worker import Worker, WorkerSpec, WorkerStartError
 
 READ_CPUS = 0.5
 _HELPER_CPUS = 1.0
 """What Ray Data's own tasks, which cut streams into batches, want free on one node; it cannot be lowered."""
-_READ_ROWS = 256
-"""Rows one read task rebuilds: enough that a million rows are a few thousand tasks."""
 _POLL_SECONDS = 0.5
 _START_TRIES = 4
 """Workers of a stage that may fail to start one after another before the run ends."""
@@ -71,58 +69,60 @@ _LOSSES = (
 
 
 @ray.remote(num_cpus=0)
-class _Desk:
-    """On the driver's node: keeps the ledger of tries, and the workers' events until the driver asks for them."""
+class _Desk(TryLedger):
+    """The ledger as an actor on the driver's node; it also keeps what it hears until the driver asks for it."""
 
     def __init__(self) -> None:
+        super().__init__(_node_lost)
         self.events: list[Event] = []
-        self.ledger = TryLedger(_node_lost)
 
-    def put(self, event: Event) -> None:
+    def begin(self, event: Event, who: Who) -> list[Who]:
         self.events.append(event)
+        return super().begin(event, who)
+
+    def end(self, event: Event, closed: bool) -> None:
+        self.events.append(event)
+        super().end(event, closed)
 
     def take(self) -> list[Event]:
         events, self.events = self.events, []
         return events
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the ledger."""
-        return getattr(self.ledger, method)(*arguments)
 
 
 def _node_lost(node: str) -> bool:
     return not any(n["NodeID"] == node and n["Alive"] for n in ray.nodes())
 
 
-class _RayLedger:
-    """The desk's ledger as workers on any node call it; see `ipvg_ray.pipeline.ledger.Ledger`."""
+class _AtDesk:
+    """The desk as workers on any node call it; see `ipvg_ray.pipeline.ledger.Ledger`."""
 
     def __init__(self, desk: Any) -> None:
         self.desk = desk
 
     def begin_setup(self, stage: str, who: Who) -> tuple[list[Who], int]:
-        found: tuple[list[Who], int] = ray.get(self.desk.call.remote("begin_setup", stage, who))
+        found: tuple[list[Who], int] = ray.get(self.desk.begin_setup.remote(stage, who))
         return found
 
-    def begin(self, stage: str, batch: str, who: Who) -> list[Who]:
-        found: list[Who] = ray.get(self.desk.call.remote("begin", stage, batch, who))
+    def begin(self, event: Event, who: Who) -> list[Who]:
+        found: list[Who] = ray.get(self.desk.begin.remote(event, who))
         return found
 
     def end_setup(self, stage: str, who: Who) -> None:
-        self.desk.call.remote("end_setup", stage, who)
+        self.desk.end_setup.remote(stage, who)
 
-    def end(self, stage: str, batch: str) -> None:
-        self.desk.call.remote("end", stage, batch)
+    def end(self, event: Event, closed: bool) -> None:
+        self.desk.end.remote(event, closed)
 
 
 class _Tickets(Datasource):
-    """Ray's view of a ticket file: read tasks over ranges of it, each giving blocks of `block` rows."""
+    """Ray's view of a ticket file: read tasks over ranges of it, each giving rows in tables of one batch."""
 
-    def __init__(self, tickets: TicketFile, block: int, store: Store) -> None:
+    def __init__(self, tickets: TicketFile, batch: int, store: Store) -> None:
         super().__init__()
         self.tickets = tickets
-        self.block = block
+        self.batch = batch
         self.store = store
+        self.span = read_span(batch)
 
     def get_name(self) -> str:
         return f"read_{self.tickets.path.stem}"
@@ -130,22 +130,30 @@ class _Tickets(Datasource):
     def estimate_inmemory_data_size(self) -> int | None:
         return None
 
-    def tasks(self) -> int:
-        return -(-self.tickets.rows // max(_READ_ROWS, self.block))
+    def starts(self) -> range:
+        return range(0, self.tickets.rows, self.span)
 
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-        span = -(-self.tickets.rows // self.tasks())
-        tickets, block, store = self.tickets, self.block, self.store
-        result = []
-        for start in range(0, tickets.rows, span):
-            stop = min(start + span, tickets.rows)
-            metadata = BlockMetadata(num_rows=stop - start, size_bytes=None, input_files=None, exec_stats=None)
+        return [self._task(start) for start in self.starts()]
 
-            def read(start: int = start, stop: int = stop) -> Iterator[pa.Table]:
-                return read_rows(tickets, start, stop, block, store.stopping)
+    def _task(self, start: int) -> ReadTask:
+        tickets, batch, store = self.tickets, self.batch, self.store
+        stop = min(start + self.span, tickets.rows)
+        metadata = BlockMetadata(num_rows=stop - start, size_bytes=None, input_files=None, exec_stats=None)
 
-            result.append(ReadTask(read, metadata, schema=tickets.arriving))
-        return result
+        def read() -> Iterator[pa.Table]:
+            return read_rows(tickets, start, stop, batch, store.stopping)
+
+        return ReadTask(read, metadata, schema=tickets.arriving)
+
+
+def read_span(batch: int) -> int:
+    """Rows that one read task rebuilds.
+
+    Ray joins what a task gives into one block. So a task gives one batch where batches are large, and else enough that
+    a million rows are some ten thousand tasks; of rows that are worth a batch of their own few, as they carry pictures.
+    """
+    return max(batch, min(16 * batch, 256) // batch * batch)
 
 
 def connect() -> None:
@@ -292,24 +300,37 @@ def _dataset(
     steps: Sequence[Step], specs: dict[str, WorkerSpec], tickets: dict[str, TicketFile], desk: Any
 ) -> Dataset | None:
     dataset: Dataset | None = None
+    before: Step | None = None
     for step in steps:
         batch = step.stage.resources().batch_size
-        if dataset is not None:
-            # Dealt out in blocks of one batch: bigger blocks would tie rows to one worker while others idle.
-            dataset = dataset.repartition(target_num_rows_per_block=batch)
+        if (
+            dataset is not None
+            and before is not None
+            and (before.explodes or before.stage.resources().batch_size > batch)
+        ):
+            dataset = _dealt(dataset, batch)
         entering = tickets.get(step.name)
         if entering is not None and entering.rows:
             fresh = _read(entering, batch, specs[step.name].store)
             dataset = fresh if dataset is None else dataset.union(fresh)
         if dataset is not None:
             dataset = _map(dataset, step, specs[step.name], desk)
+        before = step
     return dataset
+
+
+def _dealt(dataset: Dataset, batch: int) -> Dataset:
+    """Cut into blocks of one batch: bigger ones would tie rows to one worker while others idle.
+
+    A task for every block that is cut, so only where blocks may be bigger; Ray itself joins those that are smaller.
+    """
+    return dataset.repartition(target_num_rows_per_block=batch, strict=False)
 
 
 def _read(entering: TicketFile, batch: int, store: Store) -> Dataset:
     source = _Tickets(entering, batch, store)
-    fresh = ray.data.read_datasource(source, override_num_blocks=source.tasks(), num_cpus=READ_CPUS)
-    return fresh.repartition(target_num_rows_per_block=batch)
+    fresh = ray.data.read_datasource(source, override_num_blocks=len(source.starts()), num_cpus=READ_CPUS)
+    return _dealt(fresh, batch) if source.span > batch else fresh
 
 
 def _map(dataset: Dataset, step: Step, spec: WorkerSpec, desk: Any) -> Dataset:
@@ -380,14 +401,11 @@ class _StageActor:
             node=here.get_node_id(),
             host=os.uname().nodename,
             trace=str(trace_folder(spec.store.session_dir) / f"{spec.step.name}-{here.get_worker_id()}"),
+            oom_kills=oom_kills(),
         )
         last_words = LastWords(who.trace) if spec.store.is_open() else None
 
-        def report(event: Event) -> None:
-            desk.put.remote(event)
-
-        device = "cuda" if asks.gpus else "cpu"
-        self.worker = Worker(spec, device, _RayLedger(desk), who, report, last_words)
+        self.worker = Worker(spec, "cuda" if asks.gpus else "cpu", _AtDesk(desk), who, last_words)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return self.worker(batch)

@@ -22,7 +22,7 @@ class Who:
         node: id of its node.
         host: name of its node, for people.
         trace: file in which the process leaves its last words; see `ipvg_ray.pipeline.deaths`.
-        oom_kills: processes that the node's kernel had killed for memory when this one began its try.
+        oom_kills: processes that the node's kernel had killed for memory when this one began.
     """
 
     worker: str
@@ -31,6 +31,19 @@ class Who:
     host: str
     trace: str
     oom_kills: int = 0
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a worker tells of a batch: that it begins, with so many rows; or that it has ended, with what came of it."""
+
+    stage: str
+    batch: str
+    began: int = 0
+    ended: bool = False
+    done: int = 0
+    failed: int = 0
+    seconds: float = 0.0
 
 
 class Ledger(Protocol):
@@ -49,12 +62,12 @@ class Ledger(Protocol):
         """Note that it has loaded, or said why it cannot."""
         ...
 
-    def begin(self, stage: str, batch: str, who: Who) -> list[Who]:
+    def begin(self, event: Event, who: Who) -> list[Who]:
         """Note ahead that a batch is begun; returns the workers that died in earlier tries of it."""
         ...
 
-    def end(self, stage: str, batch: str) -> None:
-        """Forget the tries of a batch that has ended, well or with a failure."""
+    def end(self, event: Event, closed: bool) -> None:
+        """Note that a batch has ended, well or with failures; its tries are forgotten if it is `closed`."""
         ...
 
 
@@ -92,15 +105,17 @@ class TryLedger:
         """See `Ledger`."""
         self.loading[stage] = [w for w in self.loading[stage] if w.worker != who.worker]
 
-    def begin(self, stage: str, batch: str, who: Who) -> list[Who]:
+    def begin(self, event: Event, who: Who) -> list[Who]:
         """See `Ledger`."""
-        earlier = [w for w in self.tries.get((stage, batch), []) if w.process != who.process]
+        batch = (event.stage, event.batch)
+        earlier = [w for w in self.tries.get(batch, []) if w.process != who.process]
         died = [w for w in earlier if not self.node_lost(w.node)]
         self.lost_tries += len(earlier) - len(died)
-        self.tries[stage, batch] = [*died, who]
+        self.tries[batch] = [*died, who]
         return died
 
-    def end(self, stage: str, batch: str) -> None:
+    def end(self, event: Event, closed: bool) -> None:
         """See `Ledger`."""
-        self.tries.pop((stage, batch), None)
-        self.restarts[stage] = 0
+        if closed:
+            self.tries.pop((event.stage, event.batch), None)
+            self.restarts[event.stage] = 0

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from ipvg_ray.pipeline.ledger import Event
 from ipvg_ray.pipeline.survey import Counts
-from ipvg_ray.pipeline.worker import Event
 
 LOG_EVERY = 15.0
 """Seconds between two lines where the output is no terminal."""

@@ -107,10 +107,11 @@ class Store:
         for table in folders(self.run_dir):
             found: list[RunPath] = list((self.run_dir / table).glob(f"part-*-{MERGED}-*.parquet"))
             for merged in found:
-                with parquet(merged) as file:
-                    names = (file.schema_arrow.metadata or {}).get(MERGED_FROM, b"[]")
-                for name in json.loads(names):
-                    (merged.parent / name).unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # it was itself merged into another, and removed by that
+                    with parquet(merged) as file:
+                        names = (file.schema_arrow.metadata or {}).get(MERGED_FROM, b"[]")
+                    for name in json.loads(names):
+                        (merged.parent / name).unlink(missing_ok=True)
 
     def end(self) -> None:
         """Close this session's folders that serve only while it lasts; the journal stays, if it tells anything."""

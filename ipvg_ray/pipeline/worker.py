@@ -10,13 +10,12 @@ What holds for every batch, whatever dies in between:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,8 +26,8 @@ import pyarrow.compute as pc
 
 from ipvg_ray import tables
 from ipvg_ray.errors import UserError
-from ipvg_ray.pipeline.deaths import LastWords, inquest, oom_kills
-from ipvg_ray.pipeline.ledger import Ledger, Who
+from ipvg_ray.pipeline.deaths import LastWords, inquest
+from ipvg_ray.pipeline.ledger import Event, Ledger, Who
 from ipvg_ray.pipeline.plan import ATTEMPT, SAMPLES, Step
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
 from ipvg_ray.pipeline.store import Store, batch_digest, failures_table, row_seed
@@ -36,19 +35,6 @@ from ipvg_ray.pipeline.store import Store, batch_digest, failures_table, row_see
 
 class WorkerStartError(UserError):
     """A stage's worker cannot start; the run cannot go on."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a worker tells of a batch: that it begins, with so many rows; or that it has ended, with what came of it."""
-
-    stage: str
-    batch: str
-    began: int = 0
-    ended: bool = False
-    done: int = 0
-    failed: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,9 +62,8 @@ class Worker:
     Args:
         spec: what to run, and into which run directory.
         device: where the stage's models go, `cpu` or `cuda`.
-        ledger: where tries are noted ahead.
+        ledger: where tries are noted ahead, and their ends.
         who: this process, as the ledger knows it.
-        report: called with an `Event` when a batch begins and when it ends.
         last_words: what this process leaves when it dies, and ends it when a row takes too long; without it no time
             limit holds.
 
@@ -92,7 +77,6 @@ class Worker:
         device: str,
         ledger: Ledger,
         who: Who,
-        report: Callable[[Event], None] = lambda event: None,
         last_words: LastWords | None = None,
     ) -> None:
         self.spec = spec
@@ -101,7 +85,6 @@ class Worker:
         self.store = spec.store
         self.ledger = ledger
         self.who = who
-        self.report = report
         self.last_words = last_words
         self.stored = tables.stored_schema(self.step.table)
         if not self.store.is_open():
@@ -147,8 +130,8 @@ class Worker:
             # A worker died between writing the batch's failures and its finished rows: only those are owed.
             rest = [i for i, key in enumerate(keys) if key not in judged]
             return self._checkpointed(batch.take(rest), [keys[i] for i in rest]) if rest else self.stored.empty_table()
-        who = dataclasses.replace(self.who, oom_kills=oom_kills())
-        return self._tried(batch, keys, digest, self.ledger.begin(self.stage.name, digest, who), mates)
+        died = self.ledger.begin(Event(self.stage.name, digest, began=len(keys)), self.who)
+        return self._tried(batch, keys, digest, died, mates)
 
     def _failed_before(self, digest: str) -> set[str]:
         try:
@@ -158,16 +141,14 @@ class Worker:
         return set(part[self.step.key].to_pylist())
 
     def _tried(self, batch: pa.Table, keys: list[str], digest: str, died: list[Who], mates: int) -> pa.Table:
-        self.report(Event(self.stage.name, digest, began=len(keys)))
         started = time.perf_counter()
         outcome = self._outcome(batch, died, mates)
         seconds = time.perf_counter() - started
         if outcome is not None:
             self._publish(keys, digest, outcome, seconds)
-            self.ledger.end(self.stage.name, digest)
             return outcome.finished
-        self.report(Event(self.stage.name, digest, ended=True))
         # The try stays open: should this batch be delivered again, it must be taken apart again and read back.
+        self.ledger.end(Event(self.stage.name, digest, ended=True), False)
         alone = [self._checkpointed(batch.slice(i, 1), [key], len(keys) - 1) for i, key in enumerate(keys)]
         return pa.concat_tables(table.replace_schema_metadata() for table in alone)
 
@@ -192,7 +173,7 @@ class Worker:
         self.store.publish_table(self.stage.name, digest, outcome.finished, self.spec.fingerprint)
         done, failed = outcome.finished.num_rows, len(outcome.failures)
         self.journal.note("end", keys, done=done, failed=failed, seconds=round(seconds, 4))
-        self.report(Event(self.stage.name, digest, done=done, failed=failed, seconds=seconds, ended=True))
+        self.ledger.end(Event(self.stage.name, digest, done=done, failed=failed, seconds=seconds, ended=True), True)
 
     def _process(self, rows: list[Row]) -> tuple[Sequence[Row | RowError], float]:
         """What the stage makes of the rows, and the seconds it took."""
