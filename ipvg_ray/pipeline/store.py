@@ -136,8 +136,11 @@ class Store:
         """Put a file in its place whole. Raises FileNotFoundError where this session has been fenced off."""
         if isinstance(place, Path):
             temporary = self.temporary()
-            temporary.write_bytes(data)
-            self.publish_file(temporary, place)
+            with temporary.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())  # before it gets its name: a power cut must not leave a torn part
+            _place(temporary, place)
         else:
             self._require_open()
             place.write_bytes(data)
@@ -180,14 +183,8 @@ class Store:
             temporary.parent.rmdir()
             return
         with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())  # before it gets its name: a power cut must not leave a torn part
-        try:
-            os.replace(temporary, place)
-        except FileNotFoundError:
-            if not temporary.exists():
-                raise  # fenced off; making the target's folder would not help
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(temporary, place)
+            os.fsync(stream.fileno())
+        _place(temporary, place)
 
     def _require_open(self) -> None:
         if not self.is_open():
@@ -211,6 +208,16 @@ def _fence(tmp: RunPath) -> None:
             remove_folder(doomed)
     else:
         (tmp / "open").unlink()
+
+
+def _place(temporary: Path, place: Path) -> None:
+    try:
+        os.replace(temporary, place)
+    except FileNotFoundError:
+        if not temporary.exists():
+            raise  # fenced off; making the target's folder would not help
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(temporary, place)
 
 
 def remove_table(run_dir: RunPath, name: str) -> None:
