@@ -45,7 +45,9 @@ def finished(run_dir: Path) -> int:
 
 
 def main() -> None:
-    luck, shots, events = random.Random(int(sys.argv[1])), sys.argv[2].split(","), int(sys.argv[3])
+    luck, events = random.Random(int(sys.argv[1])), int(sys.argv[3])
+    shots = (sys.argv[2].split(",") * events)[:events]  # each kind as often
+    luck.shuffle(shots)
     command, run_dir = sys.argv[4:], Path(sys.argv[6])
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": CORES, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=CORES) for _ in range(2)]
@@ -62,7 +64,7 @@ def main() -> None:
             continue
         goal = finished(run_dir) + luck.randint(10, 90)
         time.sleep(luck.random() * 0.5)
-        hits.append(luck.choice(shots))
+        hits.append(shots[len(hits)])
         if hits[-1] == "node":
             lost = nodes.pop(luck.randrange(len(nodes)))
             kill_tree(raylet(lost))

@@ -2,7 +2,8 @@
 
 usage: python engine_driver.py RUN --identities N --prompts M [--delay S] [--bad KEY=HOW ...] [--workers N] [--batch N]
        [--limit SECONDS] [--cpus N]
-HOW: raise, row-error, exit and segfault (its process dies), hang (needs --limit), setup-raise (KEY is a stage).
+HOW: raise, row-error, exit and segfault (its process dies), hang (needs --limit), slowSECONDS, setup-raise (KEY is a
+stage).
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ class _Fake(Stage):
             time.sleep(self.config.delay * random.random() * 2)
             if how == "exit":
                 os._exit(1)
+            if how and how.startswith("slow"):
+                time.sleep(float(how.removeprefix("slow")))
             if how == "segfault":
                 ctypes.string_at(0)
             if how == "hang":
@@ -158,9 +161,10 @@ def request(
     seed: int = 1,
     limit: float = 0.0,
     cpus: float = 0.1,
+    initial: int = 0,
     **options: Any,
 ) -> engine.Request:
-    pool = PoolConfig(min_workers=1, max_workers=workers, batch_size=batch, cpus=cpus, time_limit_s=limit)
+    pool = PoolConfig(max_workers=workers, initial_workers=initial, batch_size=batch, cpus=cpus, time_limit_s=limit)
     section, last = FakeSection(pool=pool), FakeSection(pool=pool, add=add)
     config = FakeConfig(first=section, second=section, third=last, delay=delay, bad=bad or {})
     stages = [stage(config) for stage in STAGES]  # type: ignore[arg-type]

@@ -70,7 +70,7 @@ def test_whatever_dies_each_row_ends_once(tmp_path: Path, chance: int) -> None:
     )
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["code"] == 0, done.stdout + done.stderr
-    assert "node" in told["hits"] or len(told["hits"]) < 4
+    assert len(told["hits"]) >= 3
     check_complete(run_dir, FAILED)
     check_nothing_redone(run_dir)
     for failure in tables.read_table(run_dir, "failures").to_pylist():

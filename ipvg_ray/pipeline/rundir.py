@@ -186,10 +186,12 @@ def _read_or_freeze(store: Store, request: Request, freeze: Freeze) -> dict[str,
 def _staging(store: Store) -> Iterator[Path]:
     """A local folder for the identity set's tables: where the run lies on disk, beside their places."""
     if isinstance(store.engine_dir, Path):
-        yield store.engine_dir / f"frozen-{uuid.uuid4().hex}"
+        folder = store.engine_dir / f"frozen-{uuid.uuid4().hex}"
+        yield folder
+        remove_folder(folder)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder) / "frozen"
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary) / "frozen"
 
 
 def _refuse_foreign(run_dir: RunPath, stages: Sequence[Stage]) -> None:

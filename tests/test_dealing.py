@@ -1,0 +1,106 @@
+"""How rows are dealt to workers: singly where they are dear, not far ahead of the next stage, again after losses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_checks import check_complete
+from engine_driver import freeze_fake, request
+from engine_inprocess import drive
+
+from ipvg_ray.pipeline import execute
+from ipvg_ray.pipeline import run as engine
+from ipvg_ray.pipeline.plan import make_steps
+from ipvg_ray.pipeline.progress import Progress
+from ipvg_ray.pipeline.stage import Resources
+from ipvg_ray.pipeline.store import Store
+
+
+def events(run_dir: Path, stage: str) -> list[dict[str, Any]]:
+    """What the workers' journals hold of a stage, in order of time."""
+    lines = [line for file in run_dir.glob(f"_engine/*/journal/{stage}-*") for line in file.read_text().splitlines()]
+    return sorted((json.loads(line) for line in lines), key=lambda event: event["t"])
+
+
+def test_dear_rows_are_dealt_singly() -> None:
+    assert execute._in_flight(Resources(batch_size=1, max_workers=8)) == 1
+    assert execute._in_flight(Resources(batch_size=16)) == 2
+    assert execute._in_flight(Resources(batch_size=1, concurrency=4)) == 8
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16, 100, 256, 1000])
+def test_reads_are_whole_batches(batch: int) -> None:
+    assert execute.read_span(batch) % batch == 0
+    assert execute.read_span(batch) <= max(batch, 256)
+    assert execute.rows_ahead(Resources(batch_size=batch)) >= 2 * batch, "else a batch might never fill up"
+
+
+def test_the_guard_against_standstill_follows_the_slowest_stage(tmp_path: Path) -> None:
+    steps = make_steps(request(tmp_path, limit=4000.0, batch=2).stages)
+    assert execute.no_progress_limit(steps) == 32000
+    assert execute.no_progress_limit(make_steps(request(tmp_path, limit=1.0).stages)) == 1800
+    assert execute.no_progress_limit(make_steps(request(tmp_path).stages)) == -1
+
+
+@pytest.mark.slow
+def test_no_row_waits_behind_a_slow_one_while_a_worker_is_idle(tmp_path: Path) -> None:
+    slow = "second:id00000/prompt0"
+    asked = request(tmp_path / "run", workers=2, initial=2, bad={slow: "slow15"}, delay=0.01)
+    engine.run(dataclasses.replace(asked, stages=asked.stages[:1]), freeze_fake(4, 4))
+    engine.run(asked, freeze_fake(4, 4))  # now all rows of the second stage are there from the beginning
+    ends = [event["keys"] for event in events(tmp_path / "run", "second") if event["event"] == "end"]
+    assert ends[-1] == [slow.removeprefix("second:")], "every other row was finished meanwhile by the other worker"
+    check_complete(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_fast_stage_does_not_run_far_ahead(tmp_path: Path) -> None:
+    bad = {f"third:id{i:05d}/prompt{k}": "slow0.15" for i in range(20) for k in range(5)}
+    engine.run(request(tmp_path / "run", bad=bad), freeze_fake(20, 5))
+    ahead = most = 0
+    for event in sorted(
+        [e | {"way": 1} for e in events(tmp_path / "run", "second") if e["event"] == "end"]
+        + [e | {"way": -1} for e in events(tmp_path / "run", "third") if e["event"] == "begin"],
+        key=lambda e: e["t"],
+    ):
+        ahead += event["way"] * len(event["keys"])
+        most = max(most, ahead)
+    assert most <= execute.rows_ahead(Resources()) + 4, "what was in work when enough rows waited"
+    check_complete(tmp_path / "run")
+
+
+def test_losses_without_progress_end_the_run(tmp_path: Path) -> None:
+    asked = request(tmp_path / "run")
+    stores: list[Store] = []
+    with engine.opened(asked, freeze_fake(2, 1)) as this:
+
+        def once() -> None:
+            stores.append(this.store)
+            raise execute.LossError("ObjectLostError: gone")
+
+        with pytest.raises(execute.LossError):
+            engine._go_on_after_losses(this, once, Progress(this.found.counts, {}, 1.0), lambda line: None)
+    assert len({store.session for store in stores}) == 3
+    for old in stores:
+        with pytest.raises(FileNotFoundError):
+            old.publish_bytes(tmp_path / "run" / "late", b"")
+
+
+def test_after_a_loss_the_run_goes_on_in_a_new_session(tmp_path: Path) -> None:
+    asked = request(tmp_path / "run")
+    said: list[str] = []
+    with engine.opened(asked, freeze_fake(2, 1)) as this:
+        rounds = iter([True, False])
+
+        def once() -> None:
+            if next(rounds):
+                raise execute.LossError("ActorDiedError: its node is gone")
+
+        engine._go_on_after_losses(this, once, Progress(this.found.counts, {}, 1.0), said.append)
+    assert "going on from the checkpoints (ActorDiedError: its node is gone)" in said[0]
+    drive(asked)
+    check_complete(tmp_path / "run")
