@@ -25,6 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
@@ -39,6 +40,14 @@ _MISSING = ("404", "NoSuchKey", "NotFound", "NoSuchBucket")
 
 class StorageError(UserError, OSError):
     """An object store that refuses or cannot be reached; names the object and what the store said."""
+
+
+class TornPartError(UserError):
+    """A file that is no whole Parquet file: a disk that lost what it had promised to keep."""
+
+    def __init__(self, part: RunPath, error: object) -> None:
+        super().__init__(f"{part} is no whole Parquet file ({error}); the next `ipvg-ray run` on it sets it aside")
+        self.part = part
 
 
 @dataclass(frozen=True, order=True)
@@ -170,12 +179,11 @@ class S3Path:
             also looks as if somebody else was first; read the object to tell.
         """
         condition = {"IfNoneMatch": "*"} if tag is None else {"IfMatch": tag}
+        taken = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
         try:
-            return str(self._call("put_object", Key=self.key, Body=data, **condition)["ETag"])
-        except FileNotFoundError:
-            return None  # `tag` was removed
+            return str(self._call("put_object", Key=self.key, Body=data, hasty=True, **condition)["ETag"])
         except StorageError as error:
-            if _code(error.__cause__) in ("PreconditionFailed", "412", "ConditionalRequestConflict", "409"):
+            if _code(error.__cause__) in (*taken, *(_MISSING if tag else ())):  # missing: that version was removed
                 return None
             raise
 
@@ -188,20 +196,21 @@ class S3Path:
             return answer["Body"].read(), str(answer["ETag"]), (now - written).total_seconds()
 
         try:
-            found: tuple[bytes, str, float] = self._call("get_object", Key=self.key, then=then)
+            found: tuple[bytes, str, float] = self._call("get_object", Key=self.key, then=then, hasty=True)
             return found
         except FileNotFoundError:
             return None
 
     # -- the store's own words -----------------------------------------------------------------------------------
 
-    def _call(self, operation: str, then: Any = lambda answer: answer, **arguments: Any) -> Any:
+    def _call(self, operation: str, then: Any = lambda answer: answer, hasty: bool = False, **arguments: Any) -> Any:
+        """Ask the store; `hasty` gives up within seconds, for a lease, which must not wait longer than it lasts."""
         from boto3.exceptions import Boto3Error
         from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 
-        for pause in (*_PAUSES, None):
+        for pause in (None,) if hasty else (*_PAUSES, None):
             try:
-                return then(getattr(_client(os.getpid()), operation)(Bucket=self.bucket, **arguments))
+                return then(getattr(_client(os.getpid(), hasty), operation)(Bucket=self.bucket, **arguments))
             except ClientError as error:
                 if _code(error) in _MISSING and operation != "put_object":
                     raise FileNotFoundError(f"{self}: {error}") from error
@@ -248,21 +257,34 @@ def run_path(place: str | Path | S3Path) -> RunPath:
     """
     if not isinstance(place, str) or "://" not in place:
         return place if isinstance(place, S3Path) else Path(place)
-    parts = urlsplit(place)
-    if parts.scheme == "file":
-        return Path(parts.path)
-    if parts.scheme != "s3" or not parts.netloc:
+    scheme, _, rest = place.partition("://")
+    if scheme == "file":
+        return Path(rest)
+    bucket, _, key = rest.partition("/")
+    if scheme != "s3" or not bucket:
         raise StorageError(f"{place}: runs lie in local folders or s3://bucket/prefix")
-    if "@" in parts.netloc:
+    if "@" in bucket:
         raise StorageError("the s3:// URI carries credentials; put them into the environment or a profile instead")
-    return S3Path(parts.netloc, parts.path.strip("/"))
+    return S3Path(bucket, key.strip("/"))
 
 
 def parquet(file: RunPath, **options: Any) -> pq.ParquetFile:
-    """Open a Parquet file; of one in S3 only the ranges that are asked for are fetched. Raises FileNotFoundError."""
-    if isinstance(file, Path):
-        return pq.ParquetFile(file, **options)
-    return pq.ParquetFile(f"{file.bucket}/{file.key}", filesystem=_arrow(os.getpid(), file.bucket), **options)
+    """Open a Parquet file; of one in S3 only the ranges that are asked for are fetched.
+
+    Raises:
+        FileNotFoundError, TornPartError: where it is not there, or not whole.
+        StorageError: where S3 does not answer.
+    """
+    try:
+        if isinstance(file, Path):
+            return pq.ParquetFile(file, **options)
+        return pq.ParquetFile(f"{file.bucket}/{file.key}", filesystem=_arrow(os.getpid(), file.bucket), **options)
+    except pa.ArrowInvalid as error:
+        raise TornPartError(file, error) from error
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot read {file}: {error}") from error
 
 
 def folders(place: RunPath) -> list[str]:
@@ -283,8 +305,11 @@ def remove_folder(place: RunPath) -> None:
     if isinstance(place, Path):
         shutil.rmtree(place, ignore_errors=True)
         return
-    for path in place.rglob("*"):
-        path.unlink()
+    doomed = [{"Key": path.key} for path in place.rglob("*")]
+    for start in range(0, len(doomed), 1000):
+        answer = place._call("delete_objects", Delete={"Objects": doomed[start : start + 1000], "Quiet": True})
+        if errors := answer.get("Errors"):
+            raise StorageError(f"cannot remove s3://{place.bucket}/{errors[0]['Key']}: {errors[0].get('Message')}")
 
 
 def copy_file(source: RunPath, target: RunPath) -> None:
@@ -313,13 +338,14 @@ def _code(error: BaseException | None) -> str:
 
 
 @lru_cache
-def _client(process: int) -> Any:
+def _client(process: int, hasty: bool = False) -> Any:
     """One client per process: its connections must not be shared with a fork."""
     import boto3
     from botocore.config import Config
 
-    retries = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
-    config = Config(retries=retries, connect_timeout=10, read_timeout=60, max_pool_connections=32)  # type: ignore[arg-type]
+    retries: Any = {"mode": "standard", "total_max_attempts": 2 if hasty else _ATTEMPTS}
+    seconds = (3, 5) if hasty else (10, 60)
+    config = Config(retries=retries, connect_timeout=seconds[0], read_timeout=seconds[1], max_pool_connections=32)
     return boto3.session.Session().client("s3", config=config)
 
 

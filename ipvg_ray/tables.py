@@ -80,7 +80,9 @@ def read_table(run_dir: str | RunPath, table: str | schema.Table, columns: Seque
     if not pieces:
         return target.empty_table()
     rows = pa.concat_tables([piece.select(wanted).cast(target) for piece in pieces])
-    return rows if table.grain == "failure" else first_of_each(rows, table.key[0])
+    if table.grain == "failure":
+        return rows if len(pieces) == 1 else _each_failure_once(rows)
+    return first_of_each(rows, table.key[0])
 
 
 def read_parts(
@@ -99,6 +101,15 @@ def read_parts(
         except FileNotFoundError:
             continue
     raise FileNotFoundError(f"the part files of {run_dir}/{name} keep changing; is something else removing them?")
+
+
+def _each_failure_once(rows: pa.Table) -> pa.Table:
+    """A failure stands in two parts while a compaction is under way; it has no key of its own."""
+    names = ("stage", "identity_id", "sample_id", "kind", "where", "attempt", "failed_at")
+    own = [name for name in names if name in rows.column_names]
+    numbered = rows.select(own).append_column("_row", pa.array(np.arange(rows.num_rows)))
+    first = numbered.group_by(own, use_threads=False).aggregate([("_row", "min")])["_row_min"]
+    return rows if len(first) == rows.num_rows else rows.take(pa.array(np.sort(first.to_numpy())))
 
 
 def first_of_each(table: pa.Table, key: str) -> pa.Table:

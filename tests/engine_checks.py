@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 from engine_driver import STAGES, Third
 
@@ -70,3 +72,9 @@ def check_nothing_redone(run_dir: RunPath, keys: dict[str, str] | None = None) -
                         late = [k for k in event["keys"] if k in finished_in and finished_in[k] < session]
                         assert not late, f"{stage} computed {late} again in {session}"
     return begins
+
+
+def events(run_dir: Path, stage: str) -> list[dict[str, Any]]:
+    """What the workers' journals hold of a stage, in order of time."""
+    lines = [line for file in run_dir.glob(f"_engine/*/journal/{stage}-*") for line in file.read_text().splitlines()]
+    return sorted((json.loads(line) for line in lines), key=lambda event: event["t"])

@@ -162,9 +162,17 @@ def request(
     limit: float = 0.0,
     cpus: float = 0.1,
     initial: int = 0,
+    concurrency: int = 1,
     **options: Any,
 ) -> engine.Request:
-    pool = PoolConfig(max_workers=workers, initial_workers=initial, batch_size=batch, cpus=cpus, time_limit_s=limit)
+    pool = PoolConfig(
+        max_workers=workers,
+        initial_workers=initial,
+        concurrency=concurrency,
+        batch_size=batch,
+        cpus=cpus,
+        time_limit_s=limit,
+    )
     section, last = FakeSection(pool=pool), FakeSection(pool=pool, add=add)
     config = FakeConfig(first=section, second=section, third=last, delay=delay, bad=bad or {})
     stages = [stage(config) for stage in STAGES]  # type: ignore[arg-type]

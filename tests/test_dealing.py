@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from engine_checks import check_complete
+from engine_checks import check_complete, events
 from engine_driver import freeze_fake, request
 from engine_inprocess import drive
 
@@ -18,12 +16,6 @@ from ipvg_ray.pipeline.plan import make_steps
 from ipvg_ray.pipeline.progress import Progress
 from ipvg_ray.pipeline.stage import Resources
 from ipvg_ray.pipeline.store import Store
-
-
-def events(run_dir: Path, stage: str) -> list[dict[str, Any]]:
-    """What the workers' journals hold of a stage, in order of time."""
-    lines = [line for file in run_dir.glob(f"_engine/*/journal/{stage}-*") for line in file.read_text().splitlines()]
-    return sorted((json.loads(line) for line in lines), key=lambda event: event["t"])
 
 
 def test_dear_rows_are_dealt_singly() -> None:

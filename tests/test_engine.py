@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from engine_checks import check_complete, check_nothing_redone
+from engine_checks import check_complete, check_nothing_redone, events
 from engine_driver import STAGES, Third, freeze_fake, request
 
 from ipvg_ray import tables
@@ -137,6 +137,21 @@ def test_hung_rows_are_ended_and_set_aside_with_their_stack(tmp_path: Path) -> N
     failure = tables.read_table(run_dir, "failures").to_pylist()[0]
     assert failure["kind"] == "timeout"
     assert "in process" in failure["traceback"], "the stack shows where it hung"
+
+
+def test_several_batches_in_work_at_a_time(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    bad = {"second:id00001/prompt0": "exit", "second:id00002/prompt1": "hang"}
+    result = engine.run(request(run_dir, concurrency=4, bad=bad, delay=0.2, limit=3.0), freeze_fake(4, 3))
+    assert (result.outcome, result.failed, result.waiting) == ("complete", 2, 0)
+    check_complete(run_dir, {"second": {"id00001/prompt0", "id00002/prompt1"}})
+    kinds = {f["sample_id"]: f["kind"] for f in tables.read_table(run_dir, "failures").to_pylist()}
+    assert kinds == {"id00001/prompt0": "worker_died", "id00002/prompt1": "timeout"}
+    open_at_once = most = 0
+    for event in events(run_dir, "second"):
+        open_at_once += 1 if event["event"] == "begin" else -1
+        most = max(most, open_at_once)
+    assert most > 1
 
 
 def test_a_stage_that_cannot_start_says_why(tmp_path: Path) -> None:

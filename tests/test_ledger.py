@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 
 from ipvg_ray.pipeline import deaths
 from ipvg_ray.pipeline.deaths import inquest
-from ipvg_ray.pipeline.ledger import Event, TryLedger, Who
+from ipvg_ray.pipeline.ledger import Event, Past, TryLedger, Who
+from ipvg_ray.pipeline.turns import Turns
 
 
 def who(process: str, worker: str = "w", node: str = "n") -> Who:
@@ -21,15 +23,22 @@ def who(process: str, worker: str = "w", node: str = "n") -> Who:
 
 def test_tries_that_never_ended_are_deaths_until_the_batch_ends() -> None:
     ledger = TryLedger()
-    assert ledger.begin(Event("s", "b"), who("1")) == []
-    assert ledger.begin(Event("s", "b"), who("1")) == [], "the same process again: its answer got lost"
-    assert [w.process for w in ledger.begin(Event("s", "b"), who("2"))] == ["1"]
-    assert [w.process for w in ledger.begin(Event("s", "b"), who("3"))] == ["1", "2"]
-    assert ledger.begin(Event("s", "other"), who("3")) == []
-    ledger.end(Event("s", "b"), False)
-    assert len(ledger.begin(Event("s", "b"), who("3"))) == 2, "taken apart: its rows may still kill"
+    assert ledger.begin(Event("s", "b"), who("1")) == Past()
+    assert ledger.begin(Event("s", "b"), who("1")) == Past(), "the same process again: its answer got lost"
+    assert [w.process for w in ledger.begin(Event("s", "b"), who("2")).died] == ["1"]
+    assert [w.process for w in ledger.begin(Event("s", "b"), who("3")).died] == ["1", "2"]
+    assert ledger.begin(Event("s", "other"), who("3")) == Past()
     ledger.end(Event("s", "b"), True)
-    assert ledger.begin(Event("s", "b"), who("4")) == []
+    assert ledger.begin(Event("s", "b"), who("4")) == Past()
+
+
+def test_a_batch_that_was_taken_apart_stays_so() -> None:
+    ledger = TryLedger(lambda node: True)
+    ledger.begin(Event("s", "b"), who("1"))
+    ledger.end(Event("s", "b"), False)
+    assert ledger.begin(Event("s", "b"), who("1")) == Past(apart=True)
+    ledger.end(Event("s", "b"), False)
+    assert ledger.begin(Event("s", "b"), who("2", node="lost")) == Past(apart=True)
 
 
 def test_a_lost_node_is_nobodys_fault() -> None:
@@ -37,7 +46,7 @@ def test_a_lost_node_is_nobodys_fault() -> None:
     ledger = TryLedger(lambda node: node in lost)
     ledger.begin(Event("s", "b"), who("1", node="far"))
     ledger.begin(Event("s", "b"), who("2", node="near"))
-    assert [w.process for w in ledger.begin(Event("s", "b"), who("3"))] == ["2"]
+    assert [w.process for w in ledger.begin(Event("s", "b"), who("3")).died] == ["2"]
     assert ledger.lost_tries == 1
     ledger.begin_setup("s", who("1", "w1", "far"))
     assert ledger.begin_setup("s", who("2", "w1", "near")) == ([], 0)
@@ -87,7 +96,7 @@ the_guilty_line()
 )
 def test_last_words(tmp_path: Path, how: str, words: str, hung: bool) -> None:
     subprocess.run([sys.executable, "-c", DYING, str(tmp_path / "trace"), how], check=False, capture_output=True)
-    death = inquest(dataclasses.replace(who("1"), trace=str(tmp_path / "trace")), "host")
+    death = inquest(dataclasses.replace(who("1"), trace=str(tmp_path / "trace")), "host", tmp_path)
     assert (death.words, death.hung) == (words, hung)
     assert "the_guilty_line" in death.stack
 
@@ -96,9 +105,9 @@ def test_last_words(tmp_path: Path, how: str, words: str, hung: bool) -> None:
 def test_a_killed_process_leaves_no_trace(tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     subprocess.run([sys.executable, "-c", DYING, str(tmp_path / "trace"), how], check=False, capture_output=True)
     dead = dataclasses.replace(who("1"), trace=str(tmp_path / "trace"))
-    assert inquest(dead, "another host").words.startswith("it left no trace")
+    assert inquest(dead, "another host", tmp_path).words.startswith("it left no trace")
     monkeypatch.setattr(deaths, "oom_kills", lambda: 1)
-    assert "want of memory" in inquest(dead, "host").words
+    assert "want of memory" in inquest(dead, "host", tmp_path).words
 
 
 SHARED = """
@@ -119,3 +128,33 @@ def test_one_watch_serves_several_threads(tmp_path: Path, slowest: float, code: 
     program = [sys.executable, "-c", SHARED % slowest, str(tmp_path / "trace")]
     assert subprocess.run(program, check=False, capture_output=True).returncode == code
     assert time.monotonic() - started < 25
+
+
+def test_turns_are_shared_or_had_alone() -> None:
+    turns, inside, most, alone = Turns(), 0, 0, []
+    lock = threading.Lock()
+
+    def share() -> None:
+        nonlocal inside, most
+        for _ in range(30):
+            with turns.shared():
+                with lock:
+                    inside += 1
+                    most = max(most, inside)
+                time.sleep(0.001)
+                with lock:
+                    inside -= 1
+
+    def have_alone() -> None:
+        for _ in range(10):
+            with turns.alone():
+                alone.append(inside)
+                time.sleep(0.001)
+
+    threads = [threading.Thread(target=target) for target in (share, share, share, have_alone, have_alone)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert alone == [0] * 20
+    assert most > 1

@@ -45,6 +45,7 @@ def test_uris() -> None:
     assert str(S3Path("b", "x") / "y/z") == "s3://b/x/y/z"
     assert run_path("run") == Path("run")
     assert run_path("file:///data/run") == Path("/data/run")
+    assert run_path("s3://b/run#1?x%20y") == S3Path("b", "run#1?x%20y"), "keys are taken as they are written"
     with pytest.raises(StorageError, match="local folders or s3://bucket/prefix"):
         run_path("gs://b/x")
     with pytest.raises(StorageError, match="carries credentials"):
@@ -98,6 +99,7 @@ def test_a_conditional_write_has_one_winner(root: S3Path) -> None:
         thread.join()
     (tag,) = [win for win in wins if win]
     assert (root / "x").put_if(b"new", '"other"') is None
+    assert (root / "gone").put_if(b"new", '"other"') is None
     assert (root / "x").put_if(b"new", tag) not in (None, tag)
     data, _, age = (root / "x").read_tagged() or (b"", "", -1.0)
     assert data == b"new"

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Iterator, Sequence
 
 import pyarrow.parquet as pq
 
 from ipvg_ray import tables
-from ipvg_ray.pipeline.lease import lock
+from ipvg_ray.pipeline.lease import RunLockedError, lock
 from ipvg_ray.pipeline.store import FINGERPRINT, MERGED, MERGED_FROM, Store, batch_digest, new_session
 from ipvg_ray.storage import RunPath, parquet
 
@@ -36,19 +37,25 @@ def compact(run_dir: RunPath, part_bytes: int = 256 << 20) -> dict[str, tuple[in
         RunLockedError: where another process is at work in it.
     """
     names = [*tables.read_run(run_dir)["stages"], "failures"]
-    with contextlib.closing(lock(run_dir)):
+    lost = threading.Event()
+    with contextlib.closing(lock(run_dir, lost.set)):
         store = Store(run_dir.resolve(), new_session())
         store.begin()
         try:
-            return {name: _compact_table(store, name, part_bytes) for name in names}
+            return {name: _compact_table(store, name, part_bytes, lost) for name in names}
         finally:
             store.end()
 
 
-def _compact_table(store: Store, name: str, part_bytes: int) -> tuple[int, int]:
+def _compact_table(store: Store, name: str, part_bytes: int, lost: threading.Event) -> tuple[int, int]:
     before = tables.parts(store.run_dir, name)
     for group in groups([(part, part.stat().st_size) for part in before], part_bytes):
-        _merge(store, name, group)
+        merged = _merge(store, name, group)
+        if lost.is_set():
+            merged.unlink()
+            raise RunLockedError(f"{store.run_dir} was taken over by a run; nothing of it was removed")
+        for part in group:
+            part.unlink()
     return len(before), len(tables.parts(store.run_dir, name))
 
 
@@ -69,7 +76,7 @@ def groups(parts: Sequence[tuple[RunPath, int]], part_bytes: int) -> Iterator[li
         yield group
 
 
-def _merge(store: Store, name: str, parts: Sequence[RunPath]) -> None:
+def _merge(store: Store, name: str, parts: Sequence[RunPath]) -> RunPath:
     """One file in place of several, written row group by row group so that memory stays bounded."""
     names = [part.name for part in parts]
     with parquet(parts[0]) as opened:
@@ -82,6 +89,6 @@ def _merge(store: Store, name: str, parts: Sequence[RunPath]) -> None:
             with parquet(part) as source:
                 for batch in source.iter_batches(batch_size=1024):
                     writer.write_batch(batch.replace_schema_metadata(metadata))
-    store.publish_file(temporary, store.part(name, f"{MERGED}-{batch_digest(names)}"))
-    for part in parts:
-        part.unlink()
+    place = store.part(name, f"{MERGED}-{batch_digest(names)}")
+    store.publish_file(temporary, place)
+    return place

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn
@@ -108,12 +108,17 @@ def oom_kills() -> int:
     return int(found[1]) if found else 0
 
 
-def inquest(who: Who, host: str) -> Death:
-    """How a worker died, from what it left; `host` is where this is asked, as only there its kernel can be asked."""
-    try:
-        trace = Path(who.trace).read_text(errors="replace")
-    except OSError:
-        trace = ""
+def inquest(who: Who, host: str, traces: RunPath) -> Death:
+    """How a worker died, from what it left.
+
+    Args:
+        host: where this is asked, as only there its kernel can be asked.
+        traces: the session's own folder of traces, where `keep_traces` puts them.
+    """
+    trace = ""
+    for place in (Path(who.trace), traces / Path(who.trace).name):
+        with suppress(OSError):
+            trace = trace or place.read_text(errors="replace")
     fatal = _FATAL.search(trace)
     if trace.startswith("Timeout ("):
         return Death("it took too long", True, trace)
@@ -125,6 +130,15 @@ def inquest(who: Who, host: str) -> Death:
     if who.host == host and oom_kills() > who.oom_kills:
         return Death(f"killed, and the kernel of {host} has killed for want of memory since", False, "")
     return Death("it left no trace, as after SIGKILL, which is how the kernel ends processes out of memory", False, "")
+
+
+def keep_traces(session_dir: RunPath) -> None:
+    """Where a run lies in S3, put the last words of this machine's dead into it, for workers on others to read."""
+    folder = trace_folder(session_dir)
+    if not isinstance(session_dir, Path) and folder.is_dir():
+        for trace in folder.iterdir():
+            if trace.stat().st_size:
+                (session_dir / "traces" / trace.name).write_bytes(trace.read_bytes())
 
 
 def trace_folder(session_dir: RunPath) -> Path:

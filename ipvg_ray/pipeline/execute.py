@@ -23,14 +23,15 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ipvg_ray.errors import UserError
-from ipvg_ray.pipeline.deaths import LastWords, oom_kills, trace_folder
+from ipvg_ray.pipeline.deaths import LastWords, keep_traces, oom_kills, trace_folder
 from ipvg_ray.pipeline.lead import bound_lead
-from ipvg_ray.pipeline.ledger import Event, TryLedger, Who
+from ipvg_ray.pipeline.ledger import Event, Past, TryLedger, Who
 from ipvg_ray.pipeline.plan import Step
 from ipvg_ray.pipeline.stage import Resources
 from ipvg_ray.pipeline.store import Store
 from ipvg_ray.pipeline.tickets import TicketFile, read_rows
 from ipvg_ray.pipeline.worker import Worker, WorkerSpec, WorkerStartError
+from ipvg_ray.storage import StorageError
 
 READ_CPUS = 0.5
 _HELPER_CPUS = 1.0
@@ -52,8 +53,9 @@ class ResourceError(UserError):
     """The machine cannot hold a stage's smallest pool."""
 
 
-class LossError(Exception):
-    """Nodes, workers or objects were lost in a way that Ray could not mend; what is finished is on disk."""
+class LossError(UserError):
+    """Nodes, workers or objects were lost in a way that Ray could not mend, or the run's storage could not be written;
+    what is finished is kept."""
 
 
 _LOSSES = (
@@ -76,7 +78,7 @@ class _Desk(TryLedger):
         super().__init__(_node_lost)
         self.events: list[Event] = []
 
-    def begin(self, event: Event, who: Who) -> list[Who]:
+    def begin(self, event: Event, who: Who) -> Past:
         self.events.append(event)
         return super().begin(event, who)
 
@@ -103,8 +105,8 @@ class _AtDesk:
         found: tuple[list[Who], int] = ray.get(self.desk.begin_setup.remote(stage, who))
         return found
 
-    def begin(self, event: Event, who: Who) -> list[Who]:
-        found: list[Who] = ray.get(self.desk.begin.remote(event, who))
+    def begin(self, event: Event, who: Who) -> Past:
+        found: Past = ray.get(self.desk.begin.remote(event, who))
         return found
 
     def end_setup(self, stage: str, who: Who) -> None:
@@ -403,6 +405,7 @@ class _StageActor:
             trace=str(trace_folder(spec.store.session_dir) / f"{spec.step.name}-{here.get_worker_id()}"),
             oom_kills=oom_kills(),
         )
+        keep_traces(spec.store.session_dir)
         last_words = LastWords(who.trace) if spec.store.is_open() else None
 
         self.worker = Worker(spec, "cuda" if asks.gpus else "cpu", _AtDesk(desk), who, last_words)
@@ -445,7 +448,7 @@ def _explained(error: BaseException) -> BaseException:
         return WorkerStartError("\n".join(lines[:_WORDS]).rstrip())
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, (*_LOSSES, ExecutionTimeoutError)):
+        if isinstance(seen, (*_LOSSES, ExecutionTimeoutError, StorageError)):
             return LossError(f"{type(seen).__name__}: {seen}".partition("\n")[0])
         seen = getattr(seen, "cause", None) or seen.__cause__
     return error

@@ -23,6 +23,7 @@ class Who:
         host: name of its node, for people.
         trace: file in which the process leaves its last words; see `ipvg_ray.pipeline.deaths`.
         oom_kills: processes that the node's kernel had killed for memory when this one began.
+        alone: of a try: whether no other batch was in work in the process, so that its death can be nobody else's.
     """
 
     worker: str
@@ -31,6 +32,16 @@ class Who:
     host: str
     trace: str
     oom_kills: int = 0
+    alone: bool = True
+
+
+@dataclass(frozen=True)
+class Past:
+    """What is known of a batch when it is begun: the tries that took their workers down, and whether it was taken apart
+    before (then some of its rows are finished one by one, and it must never be tried as a whole again)."""
+
+    died: tuple[Who, ...] = ()
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,12 +73,12 @@ class Ledger(Protocol):
         """Note that it has loaded, or said why it cannot."""
         ...
 
-    def begin(self, event: Event, who: Who) -> list[Who]:
-        """Note ahead that a batch is begun; returns the workers that died in earlier tries of it."""
+    def begin(self, event: Event, who: Who) -> Past:
+        """Note ahead that a batch is begun; returns what is known of it."""
         ...
 
     def end(self, event: Event, closed: bool) -> None:
-        """Note that a batch has ended, well or with failures; its tries are forgotten if it is `closed`."""
+        """Note that a batch has ended: `closed`, with all its rows on disk, or to be taken apart."""
         ...
 
 
@@ -78,6 +89,7 @@ class TryLedger:
     Attributes:
         node_lost: whether a node, by its id, has left the cluster.
         tries: per stage and batch, the tries that have begun and not ended.
+        apart: batches that were taken apart.
         loading: per stage, the processes that have begun to load and not told that they ended it.
         started: workers that have started before.
         restarts: per stage, processes that took a dead one's place since a batch of the stage last ended.
@@ -86,6 +98,7 @@ class TryLedger:
 
     node_lost: Callable[[str], bool] = lambda node: False
     tries: dict[tuple[str, str], list[Who]] = field(default_factory=dict)
+    apart: set[tuple[str, str]] = field(default_factory=set)
     loading: dict[str, list[Who]] = field(default_factory=lambda: defaultdict(list))
     started: dict[str, Who] = field(default_factory=dict)
     restarts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -105,17 +118,20 @@ class TryLedger:
         """See `Ledger`."""
         self.loading[stage] = [w for w in self.loading[stage] if w.worker != who.worker]
 
-    def begin(self, event: Event, who: Who) -> list[Who]:
+    def begin(self, event: Event, who: Who) -> Past:
         """See `Ledger`."""
         batch = (event.stage, event.batch)
         earlier = [w for w in self.tries.get(batch, []) if w.process != who.process]
         died = [w for w in earlier if not self.node_lost(w.node)]
         self.lost_tries += len(earlier) - len(died)
         self.tries[batch] = [*died, who]
-        return died
+        return Past(tuple(died), batch in self.apart)
 
     def end(self, event: Event, closed: bool) -> None:
         """See `Ledger`."""
+        batch = (event.stage, event.batch)
+        self.tries.pop(batch, None)
         if closed:
-            self.tries.pop((event.stage, event.batch), None)
             self.restarts[event.stage] = 0
+        else:
+            self.apart.add(batch)

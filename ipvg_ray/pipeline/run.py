@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ def run(request: Request, freeze: Freeze) -> Result:
             if any(len(rows) for rows in this.found.entry.values()):
                 with shown.own_terminal(log) as terminal, _signals(this, request.grace_s, terminal):
                     _execute(this, request, seen, terminal)
-            result.outcome = "interrupted" if this.store.stopping() else "complete"
+            result.outcome = "interrupted" if this.stopping else "complete"
         except KeyboardInterrupt:
             result.outcome = "interrupted"
             if this.lost:
@@ -104,28 +105,27 @@ def _execute(this: Opened, request: Request, seen: shown.Progress, terminal: Tex
 
     try:
         execute.connect()
-        with _signals(this, request.grace_s, terminal):  # again: ray.init puts its own handlers in place
-            desk = execute.make_desk()
-            with shown.Display(seen, terminal) as display:
+        # Signals again: ray.init puts its own handlers in place.
+        with _signals(this, request.grace_s, terminal), shown.Display(seen, terminal) as display:
 
-                def on_events(events: Sequence[Any]) -> None:
-                    seen.add(events)
-                    display.tick()
+            def on_events(events: Sequence[Any]) -> None:
+                seen.add(events)
+                display.tick()
 
-                _go_on_after_losses(this, lambda: _execute_once(this, request, on_events, say, desk), seen, say)
+            _go_on_after_losses(this, lambda: _execute_once(this, request, on_events, say), seen, say)
     finally:
         execute.shutdown()
 
 
 def _execute_once(
-    this: Opened, request: Request, on_events: Callable[[Sequence[Any]], None], say: Callable[[str], None], desk: Any
+    this: Opened, request: Request, on_events: Callable[[Sequence[Any]], None], say: Callable[[str], None]
 ) -> None:
     """Do what is missing, in as many executions as the machine needs."""
     from ipvg_ray.pipeline import execute
 
     first = next((i for i, step in enumerate(this.steps) if len(this.found.entry[step.name])), len(this.steps))
     for number, group in enumerate(execute.phases(this.steps[first:], request.in_turn, say)):
-        if this.store.stopping():
+        if this.stopping:
             return
         names = {step.name for step in group}
         found = this.found if number == 0 else this.survey()
@@ -134,7 +134,8 @@ def _execute_once(
             for i, step in enumerate(this.steps)
             if step.name in names and len(found.entry[step.name])
         }
-        execute.execute(group, specs(this, request), tickets, on_events, desk)
+        # A ledger for each: what broke off before says nothing of the rows that were in work then.
+        execute.execute(group, specs(this, request), tickets, on_events, execute.make_desk())
 
 
 def _go_on_after_losses(
@@ -149,7 +150,7 @@ def _go_on_after_losses(
         try:
             return execute_once()
         except LossError as error:
-            if this.store.stopping():
+            if this.stopping:
                 return None
             this.renew()
             seen.restart(this.found.counts)
@@ -179,11 +180,16 @@ def _tally(seen: shown.Progress, steps: Sequence[Step]) -> dict[str, dict[str, A
 def _signals(this: Opened, grace: float, terminal: TextIO) -> Iterator[None]:
     """On SIGTERM or Ctrl-C let rows in work finish, for `grace` seconds at most; a second signal ends it at once."""
 
+    asked = False
+
     def stop(number: int, frame: Any) -> None:
-        if this.lost or this.store.stopping() or not grace:
+        nonlocal asked
+        if this.lost or asked or not grace:
             raise Interrupted
-        this.store.stop()
+        asked = True
         signal.setitimer(signal.ITIMER_REAL, grace)
+        # In a thread: the run's storage may be slow, or in use by the very call that this signal has interrupted.
+        threading.Thread(target=this.stop, name="stop", daemon=True).start()
         print(f"stopping: rows in work have {grace:g} s to finish; once more ends them now", file=terminal, flush=True)
 
     def abandon(number: int, frame: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import signal
 import tempfile
@@ -14,6 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from ipvg_ray import tables
 from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline import fingerprint as fp
@@ -21,8 +26,8 @@ from ipvg_ray.pipeline.lease import lock
 from ipvg_ray.pipeline.plan import PlanError, Step, make_steps
 from ipvg_ray.pipeline.stage import Stage
 from ipvg_ray.pipeline.store import Store, new_session, remove_table
-from ipvg_ray.pipeline.survey import Survey, TornPartError, survey
-from ipvg_ray.storage import RunPath, copy_file, folders, make_folder, remove_folder
+from ipvg_ray.pipeline.survey import Survey, survey
+from ipvg_ray.storage import RunPath, TornPartError, copy_file, folders, make_folder, parquet, remove_folder
 
 Freeze = Callable[[Path], dict[str, Any]]
 """Writes the identity set's tables below a folder and returns what run.json keeps of it under `dataset`."""
@@ -70,6 +75,7 @@ class Opened:
     Attributes:
         store: the session that may write into it; another one after `renew`.
         lost: whether this process has lost its hold on the directory to another.
+        stopping: whether the run was asked to end.
     """
 
     store: Store
@@ -78,19 +84,26 @@ class Opened:
     run: dict[str, Any]
     found: Survey
     lost: bool = False
+    stopping: bool = False
 
     def survey(self) -> Survey:
         """What is done by now."""
         return survey(self.store, self.steps, _digests(self.prints))
 
+    def stop(self) -> None:
+        """Ask readers and workers, of this session and of those that may follow, to begin nothing more."""
+        self.stopping = True
+        self.store.stop()
+
     def renew(self) -> None:
         """Begin a session anew: workers of the last one that may still live can write nothing more."""
-        old, self.store = self.store, Store(self.store.run_dir, new_session())
-        self.store.begin()
-        if old.stopping():
-            self.store.stop()
+        old, new = self.store, Store(self.store.run_dir, new_session())
+        new.begin()
+        self.store = new
+        if self.stopping:
+            new.stop()
         old.end()
-        self.found = _cleaned(self.store, self.steps, self.prints)
+        self.found = _cleaned(new, self.steps, self.prints)
 
 
 @contextmanager
@@ -117,6 +130,7 @@ def opened(request: Request, freeze: Freeze) -> Iterator[Opened]:
 
     try:
         store.begin()
+        _put_torn_failures_aside(store)
         run = _read_or_freeze(store, request, freeze)
         prints = fp.fingerprints(request.stages, request.seed, run["dataset"]["digest"])
         _agree(store, run, prints, request)
@@ -138,14 +152,36 @@ def _cleaned(store: Store, steps: Sequence[Step], prints: dict[str, fp.Fingerpri
         try:
             found = survey(store, steps, _digests(prints))
         except TornPartError as error:
-            aside = store.engine_dir / "torn" / error.part.parent.name
-            make_folder(aside)
-            error.part.rename(aside / error.part.name)  # type: ignore[arg-type] # of one kind
+            _put_aside(store, error.part)
             continue
         if not found.repeats:
             return found
-        for part in found.repeats:
-            part.unlink(missing_ok=True)
+        for part, own in found.repeats:
+            _drop_rows(store, part, own)
+
+
+def _drop_rows(store: Store, part: RunPath, own: np.ndarray) -> None:
+    """Leave only some rows in a part, or nothing of it where there are none."""
+    if not own.any():
+        part.unlink(missing_ok=True)
+        return
+    buffer = io.BytesIO()
+    pq.write_table(tables.read_part(part).filter(pa.array(own)), buffer, compression="zstd")
+    store.publish_bytes(part, buffer.getvalue())
+
+
+def _put_aside(store: Store, part: RunPath) -> None:
+    aside = store.engine_dir / "torn" / part.parent.name
+    make_folder(aside)
+    part.rename(aside / part.name)  # type: ignore[arg-type] # of one kind
+
+
+def _put_torn_failures_aside(store: Store) -> None:
+    for part in tables.parts(store.run_dir, "failures"):
+        try:
+            parquet(part).close()
+        except TornPartError:
+            _put_aside(store, part)
 
 
 def require_models(stages: Sequence[Stage]) -> None:

@@ -37,13 +37,17 @@ import pyarrow.parquet as pq
 
 from ipvg_ray import tables
 from ipvg_ray.media.names import safe_name
-from ipvg_ray.storage import RunPath, folders, make_folder, parquet, remove_folder
+from ipvg_ray.storage import RunPath, StorageError, folders, make_folder, parquet, remove_folder
 
 ENGINE = "_engine"
 FINGERPRINT = b"ipvg_ray.fingerprint"
 MERGED = "merged"
 """In the names of parts that stand for several; their metadata lists them under `MERGED_FROM`."""
 MERGED_FROM = b"ipvg_ray.merged_from"
+
+
+class FencedError(FileNotFoundError):
+    """This session may not write any more: another one has begun."""
 
 
 def new_session() -> str:
@@ -133,17 +137,22 @@ class Store:
     # -- files ---------------------------------------------------------------------------------------------------
 
     def publish_bytes(self, place: RunPath, data: bytes) -> None:
-        """Put a file in its place whole. Raises FileNotFoundError where this session has been fenced off."""
-        if isinstance(place, Path):
-            temporary = self.temporary()
+        """Put a file in its place whole. Raises FencedError, StorageError."""
+        if not isinstance(place, Path):
+            self._require_open()
+            place.write_bytes(data)
+            return
+        temporary = self.temporary()
+        try:
             with temporary.open("wb") as stream:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())  # before it gets its name: a power cut must not leave a torn part
             _place(temporary, place)
-        else:
-            self._require_open()
-            place.write_bytes(data)
+        except FileNotFoundError:
+            raise self._fenced() from None
+        except OSError as error:  # the disk is full, or gone
+            raise StorageError(f"cannot write {place}: {error}") from error
 
     def publish_table(self, name: str, part: str, table: pa.Table, fingerprint: str = "") -> RunPath:
         """Append `table` to the run's table `name` as the part file `part-<session>-<part>.parquet`."""
@@ -175,20 +184,26 @@ class Store:
         return Path(tempfile.mkdtemp(prefix="ipvg_ray-")) / "file"
 
     def publish_file(self, temporary: Path, place: RunPath) -> None:
-        """Give a finished temporary file its place. Raises FileNotFoundError where this session has been fenced off."""
+        """Give a finished temporary file its place. Raises FencedError, StorageError."""
         if not isinstance(place, Path):
             self._require_open()
             place.upload(temporary)
             temporary.unlink()
             temporary.parent.rmdir()
             return
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        _place(temporary, place)
+        try:
+            with temporary.open("rb") as stream:
+                os.fsync(stream.fileno())
+            _place(temporary, place)
+        except FileNotFoundError:
+            raise self._fenced() from None
 
     def _require_open(self) -> None:
         if not self.is_open():
-            raise FileNotFoundError(f"{self.session_dir} is closed: another start of the run has begun")
+            raise self._fenced()
+
+    def _fenced(self) -> FencedError:
+        return FencedError(f"{self.session_dir} is closed: another start of the run has begun")
 
 
 def _close(session_dir: RunPath) -> None:

@@ -19,19 +19,11 @@ from ipvg_ray import tables
 from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.plan import Step
 from ipvg_ray.pipeline.store import FINGERPRINT, Store
-from ipvg_ray.storage import RunPath, parquet
+from ipvg_ray.storage import RunPath, TornPartError, parquet
 
 
 class InconsistentRunError(UserError):
     """A run directory whose tables contradict each other or the configuration; the message says what mends it."""
-
-
-class TornPartError(InconsistentRunError):
-    """A part file of a stage that is no whole Parquet file: a disk that lost what it had promised to keep."""
-
-    def __init__(self, message: str, part: RunPath) -> None:
-        super().__init__(message)
-        self.part = part
 
 
 @dataclass(frozen=True)
@@ -88,7 +80,8 @@ class Survey:
         states: per stage, what is done and failed.
         entry: per stage, the rows of its grain that must be fed into it from files, ascending.
         counts: per stage.
-        repeats: parts whose every row stands in another part too: a cut-off worker of an old session wrote them late.
+        repeats: parts with rows that an earlier part has too, which a cut-off worker of an old session wrote late; and
+            for each row of such a part whether it stands there first.
     """
 
     identities: Index
@@ -99,7 +92,7 @@ class Survey:
     states: dict[str, StageState]
     entry: dict[str, np.ndarray]
     counts: dict[str, Counts]
-    repeats: list[RunPath]
+    repeats: list[tuple[RunPath, np.ndarray]]
 
 
 def survey(store: Store, steps: Sequence[Step], fingerprints: dict[str, str]) -> Survey:
@@ -121,10 +114,14 @@ def survey(store: Store, steps: Sequence[Step], fingerprints: dict[str, str]) ->
     failures = tables.read_table(store.run_dir, "failures", ["stage", "attempt"])
     retried = tables.read_table(store.engine_dir / "retried", "failures", ["stage", "attempt"])
     states: dict[str, StageState] = {}
-    repeats: list[RunPath] = []
+    repeats: list[tuple[RunPath, np.ndarray]] = []
+    everything = {"identity": identities.keys, "sample": samples.keys}
+    places: dict[str, np.ndarray] = {}
+    for grain, keys in everything.items():
+        own = [s.name for s in steps if s.stage.grain == grain]
+        places |= dict(zip(own, _first_places(keys, [indexes[name].keys for name in own]), strict=True))
     for step in steps:
-        keys = identities.keys if step.stage.grain == "identity" else samples.keys
-        at = _positions(keys, indexes[step.name].keys)
+        keys, at = everything[step.stage.grain], places[step.name]
         repeats += _repeats(indexes[step.name], at)
         standing = np.where(at >= 0, 0, _tries(keys, step, failures))
         states[step.name] = StageState(at, standing, np.maximum(standing, _tries(keys, step, retried)))
@@ -133,12 +130,11 @@ def survey(store: Store, steps: Sequence[Step], fingerprints: dict[str, str]) ->
     return Survey(identities, samples, owner, first, indexes, states, entry, counts, repeats)
 
 
-def _repeats(index: Index, at: np.ndarray) -> list[RunPath]:
-    used = np.zeros(len(index.keys) + 1, np.int64)
-    used[at[at >= 0] + 1] = 1
-    counts = np.cumsum(used)[index.starts]
-    rows, first = np.diff(index.starts), np.diff(counts)
-    return [index.files[i] for i in np.flatnonzero((rows > 0) & (first == 0))]
+def _repeats(index: Index, at: np.ndarray) -> list[tuple[RunPath, np.ndarray]]:
+    first = np.zeros(len(index.keys), bool)
+    first[at[at >= 0]] = True
+    late = np.unique(np.searchsorted(index.starts, np.flatnonzero(~first), side="right") - 1)
+    return [(index.files[i], first[index.starts[i] : index.starts[i + 1]]) for i in late]
 
 
 def read_index(run_dir: RunPath, name: str, key: str, fingerprint: str | None = None) -> Index:
@@ -164,16 +160,8 @@ def _read_keys(file: RunPath, key: str, fingerprint: str | None) -> pa.Array:
                     f"use --redo-from {file.parent.name}, or --fork into a new directory"
                 )
             return opened.read([key]).column(0).combine_chunks().cast(pa.string())
-    except FileNotFoundError:
-        raise  # a compaction merged it meanwhile: the caller lists the parts anew
-    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
-        name = file.parent.name
-        if name in tables.INPUT_TABLES:
-            raise InconsistentRunError(f"{file} cannot be read ({error}); start a new run directory") from error
-        words = f"{file} cannot be read ({error}); use --redo-from {name}"
-        if isinstance(error, pa.ArrowInvalid):
-            raise TornPartError(words, file) from error
-        raise InconsistentRunError(words) from error
+    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
+        raise TornPartError(file, error) from error
 
 
 def _owners(run_dir: RunPath, identities: Index) -> np.ndarray:
@@ -184,10 +172,24 @@ def _owners(run_dir: RunPath, identities: Index) -> np.ndarray:
     return owner
 
 
-def _positions(keys: pa.Array, among: pa.Array) -> np.ndarray:
+def _positions(keys: pa.Array | pa.ChunkedArray, among: pa.Array) -> np.ndarray:
     """For each of `keys` its first place in `among`, or -1: int64, same length."""
     found = pc.index_in(keys, value_set=among)
-    return pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+    return np.asarray(pc.fill_null(found, -1)).astype(np.int64)
+
+
+def _first_places(keys: pa.Array, tables_keys: Sequence[pa.Array]) -> list[np.ndarray]:
+    """For each of the tables the first place of each of `keys` in it, or -1; `keys` are hashed once for all."""
+    found = _positions(pa.chunked_array(tables_keys, pa.string()), keys)
+    result, start = [], 0
+    for table in tables_keys:
+        rows = found[start : start + len(table)]
+        start += len(table)
+        at = np.full(len(keys), -1, np.int64)
+        known = np.flatnonzero(rows >= 0)[::-1]  # backwards, so that the first of a repeated key is written last
+        at[rows[known]] = known
+        result.append(at)
+    return result
 
 
 def _tries(keys: pa.Array, step: Step, failures: pa.Table) -> np.ndarray:

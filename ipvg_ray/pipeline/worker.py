@@ -10,12 +10,13 @@ What holds for every batch, whatever dies in between:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,11 +27,13 @@ import pyarrow.compute as pc
 
 from ipvg_ray import tables
 from ipvg_ray.errors import UserError
-from ipvg_ray.pipeline.deaths import LastWords, inquest
-from ipvg_ray.pipeline.ledger import Event, Ledger, Who
+from ipvg_ray.pipeline.deaths import Death, LastWords, inquest
+from ipvg_ray.pipeline.ledger import Event, Ledger, Past, Who
 from ipvg_ray.pipeline.plan import ATTEMPT, SAMPLES, Step
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
-from ipvg_ray.pipeline.store import Store, batch_digest, failures_table, row_seed
+from ipvg_ray.pipeline.store import FencedError, Store, batch_digest, failures_table, row_seed
+from ipvg_ray.pipeline.turns import Turns
+from ipvg_ray.storage import StorageError
 
 
 class WorkerStartError(UserError):
@@ -86,9 +89,10 @@ class Worker:
         self.ledger = ledger
         self.who = who
         self.last_words = last_words
+        self.turns = Turns() if spec.step.stage.resources().concurrency > 1 else None
         self.stored = tables.stored_schema(self.step.table)
         if not self.store.is_open():
-            where = f"{self.store.run_dir} is not seen on {os.uname().nodename}"
+            where = f"{self.store.run_dir} is not seen on {os.uname().nodename}, or another start has taken it over"
             raise WorkerStartError(f"{where}; put run directory and models on storage that all nodes share")
         self.journal = Journal(self.store, self.stage.name)
         self._setup(device)
@@ -97,7 +101,7 @@ class Worker:
         name, asks = self.stage.name, self.stage.resources()
         died, restarts = self.ledger.begin_setup(name, self.who)
         if len(died) >= self.spec.max_deaths:
-            death = inquest(died[-1], self.who.host)
+            death = self._inquest(died[-1])
             raise WorkerStartError(
                 f"starting {name} killed its process {len(died)} times: {death.words}\n{death.stack}"
             )
@@ -130,8 +134,12 @@ class Worker:
             # A worker died between writing the batch's failures and its finished rows: only those are owed.
             rest = [i for i, key in enumerate(keys) if key not in judged]
             return self._checkpointed(batch.take(rest), [keys[i] for i in rest]) if rest else self.stored.empty_table()
-        died = self.ledger.begin(Event(self.stage.name, digest, began=len(keys)), self.who)
-        return self._tried(batch, keys, digest, died, mates)
+        past = self._begin(digest, len(keys), alone=not self.turns)
+        return self._tried(batch, keys, digest, past, mates)
+
+    def _begin(self, digest: str, rows: int, alone: bool) -> Past:
+        who = dataclasses.replace(self.who, alone=alone)
+        return self.ledger.begin(Event(self.stage.name, digest, began=rows), who)
 
     def _failed_before(self, digest: str) -> set[str]:
         try:
@@ -140,32 +148,47 @@ class Worker:
             return set()
         return set(part[self.step.key].to_pylist())
 
-    def _tried(self, batch: pa.Table, keys: list[str], digest: str, died: list[Who], mates: int) -> pa.Table:
+    def _tried(self, batch: pa.Table, keys: list[str], digest: str, past: Past, mates: int) -> pa.Table:
         started = time.perf_counter()
-        outcome = self._outcome(batch, died, mates)
+        outcome = self._outcome(batch, digest, past, mates)
         seconds = time.perf_counter() - started
         if outcome is not None:
             self._publish(keys, digest, outcome, seconds)
             return outcome.finished
-        # The try stays open: should this batch be delivered again, it must be taken apart again and read back.
+        # From now on the ledger knows: delivered again, this batch is taken apart again and read back row by row.
         self.ledger.end(Event(self.stage.name, digest, ended=True), False)
         alone = [self._checkpointed(batch.slice(i, 1), [key], len(keys) - 1) for i, key in enumerate(keys)]
         return pa.concat_tables(table.replace_schema_metadata() for table in alone)
 
-    def _outcome(self, batch: pa.Table, died: list[Who], mates: int) -> Outcome | None:
+    def _outcome(self, batch: pa.Table, digest: str, past: Past, mates: int) -> Outcome | None:
         """Try the batch; None where its rows must be tried alone: it raised, or has killed a worker before."""
         rows = rows_of(batch, self.stage, self.spec.run_seed)
-        if len(rows) > 1 and died:
+        if len(rows) > 1 and (past.died or past.apart):
             return None
-        if len(died) >= self.spec.max_deaths:
-            return Outcome(self.stored.empty_table(), [self._set_aside(rows[0], died, mates)])
-        try:
-            return self._judge(rows, *self._process(rows))
-        except (Exception, SystemExit) as error:  # a model may raise anything; the traceback is kept with the row
-            self._leave_if_broken(error)
-            if len(rows) > 1:
-                return None
-            return Outcome(self.stored.empty_table(), [self._failure(rows[0], error)])
+        with self._turn(digest, past):
+            guilty = [who for who in past.died if who.alone]
+            if len(guilty) >= self.spec.max_deaths:
+                return Outcome(self.stored.empty_table(), [self._set_aside(rows[0], guilty, mates)])
+            try:
+                return self._judge(rows, *self._process(rows))
+            except (StorageError, FencedError):
+                raise  # the run's place cannot be written, which is no row's fault
+            except Exception as error:  # a model may raise anything; the traceback is kept with the row
+                self._leave_if_broken(error)
+                return None if len(rows) > 1 else Outcome(self.stored.empty_table(), [self._failure(rows[0], error)])
+
+    @contextlib.contextmanager
+    def _turn(self, digest: str, past: Past) -> Iterator[None]:
+        """Beside other batches, where the worker has several in work; a row that may kill waits until it is alone."""
+        if not self.turns:
+            yield
+        elif past.died:
+            with self.turns.alone():
+                self._begin(digest, 1, alone=True)
+                yield
+        else:
+            with self.turns.shared():
+                yield
 
     def _publish(self, keys: list[str], digest: str, outcome: Outcome, seconds: float) -> None:
         if outcome.failures:  # first, so that a batch whose part exists is complete
@@ -188,9 +211,9 @@ class Worker:
 
     def _set_aside(self, row: Row, died: list[Who], mates: int) -> dict[str, Any]:
         """The failure of a row that took its worker down too often, with all that is known of how."""
-        deaths = [inquest(who, self.who.host) for who in died]
+        deaths = [self._inquest(who) for who in died]
         last = next((death for death in reversed(deaths) if death.stack), deaths[-1])
-        cleared = f"; the {mates} rows it came with were run without it" if mates else ""
+        cleared = f"; the {mates} rows it came with are run without it" if mates else ""
         if last.hung:
             why = f"the row took longer than {self.stage.name}.pool.time_limit_s {len(died)} times{cleared}; "
             error = RowError("timeout", f"{why}raise that if it may, else look at the traceback")
@@ -198,6 +221,9 @@ class Worker:
             why = f"processing this row ended its worker process {len(died)} times ({last.words}){cleared}; "
             error = RowError("worker_died", f"{why}it is set aside")
         return self._failure(row, error) | {"traceback": last.stack or None}
+
+    def _inquest(self, who: Who) -> Death:
+        return inquest(who, self.who.host, self.store.session_dir / "traces")
 
     def _judge(self, rows: list[Row], results: Sequence[Row | RowError], seconds: float) -> Outcome:
         """Part results from failures, and check the results against the schema while it is known whose they are."""

@@ -7,7 +7,6 @@ columns; wide columns only from the row groups that hold a wanted row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +40,10 @@ class Lookup:
     @classmethod
     def open(cls, run_dir: RunPath, table: str, columns: Sequence[str]) -> Lookup:
         """Read `columns` of all rows of a table; a table that has not been begun has no rows."""
-        files = tuple(tables.parts(run_dir, table))
-        with ThreadPoolExecutor(_THREADS) as pool:
-            pieces = list(pool.map(lambda file: _read_narrow(file, columns), files))
+        files, pieces = tables.read_parts(run_dir, table, lambda file: _read_narrow(file, columns), _THREADS)
         starts = np.cumsum([0, *(len(piece) for piece in pieces)], dtype=np.int64)
         narrow = pa.concat_tables(pieces, promote_options="default") if pieces else pa.table({})
-        return cls(files, starts, narrow)
+        return cls(tuple(files), starts, narrow)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
