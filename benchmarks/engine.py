@@ -27,7 +27,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join(PATHS)  # the workers need these modu
 
 import backpressure
 import resume
-from engine_driver import freeze_fake
 from light_stages import NAMES, STAGES, make_stages
 
 from ipvg_ray.pipeline import execute
@@ -92,7 +91,7 @@ def ours(rows: int, batch: int, written: bool) -> float:
     with tempfile.TemporaryDirectory() as folder:
         values = {"dataset": {"path": "fake", "strict": False}}
         asked = engine.Request(Path(folder) / "run", values, 1, make_stages(batch))
-        with engine.opened(asked, freeze_fake(rows // PROMPTS, PROMPTS)) as this:
+        with engine.opened(asked, resume.freeze(rows, 10_000)) as this:
             if not written:
                 this.store = Unwritten(this.store.run_dir, this.store.session)
             specs = engine.specs(this, asked)

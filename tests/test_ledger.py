@@ -13,7 +13,7 @@ import pytest
 
 from ipvg_ray.pipeline import deaths
 from ipvg_ray.pipeline.deaths import inquest
-from ipvg_ray.pipeline.ledger import Event, Past, TryLedger, Who
+from ipvg_ray.pipeline.ledger import Event, TryLedger, Who
 from ipvg_ray.pipeline.turns import Turns
 
 
@@ -23,22 +23,13 @@ def who(process: str, worker: str = "w", node: str = "n") -> Who:
 
 def test_tries_that_never_ended_are_deaths_until_the_batch_ends() -> None:
     ledger = TryLedger()
-    assert ledger.begin(Event("s", "b"), who("1")) == Past()
-    assert ledger.begin(Event("s", "b"), who("1")) == Past(), "the same process again: its answer got lost"
-    assert [w.process for w in ledger.begin(Event("s", "b"), who("2")).died] == ["1"]
-    assert [w.process for w in ledger.begin(Event("s", "b"), who("3")).died] == ["1", "2"]
-    assert ledger.begin(Event("s", "other"), who("3")) == Past()
+    assert ledger.begin(Event("s", "b"), who("1")) == []
+    assert ledger.begin(Event("s", "b"), who("1")) == [], "the same process again: its answer got lost"
+    assert [w.process for w in ledger.begin(Event("s", "b"), who("2"))] == ["1"]
+    assert [w.process for w in ledger.begin(Event("s", "b"), who("3"))] == ["1", "2"]
+    assert ledger.begin(Event("s", "other"), who("3")) == []
     ledger.end(Event("s", "b"), True)
-    assert ledger.begin(Event("s", "b"), who("4")) == Past()
-
-
-def test_a_batch_that_was_taken_apart_stays_so() -> None:
-    ledger = TryLedger(lambda node: True)
-    ledger.begin(Event("s", "b"), who("1"))
-    ledger.end(Event("s", "b"), False)
-    assert ledger.begin(Event("s", "b"), who("1")) == Past(apart=True)
-    ledger.end(Event("s", "b"), False)
-    assert ledger.begin(Event("s", "b"), who("2", node="lost")) == Past(apart=True)
+    assert ledger.begin(Event("s", "b"), who("4")) == []
 
 
 def test_a_lost_node_is_nobodys_fault() -> None:
@@ -46,7 +37,7 @@ def test_a_lost_node_is_nobodys_fault() -> None:
     ledger = TryLedger(lambda node: node in lost)
     ledger.begin(Event("s", "b"), who("1", node="far"))
     ledger.begin(Event("s", "b"), who("2", node="near"))
-    assert [w.process for w in ledger.begin(Event("s", "b"), who("3")).died] == ["2"]
+    assert [w.process for w in ledger.begin(Event("s", "b"), who("3"))] == ["2"]
     assert ledger.lost_tries == 1
     ledger.begin_setup("s", who("1", "w1", "far"))
     assert ledger.begin_setup("s", who("2", "w1", "near")) == ([], 0)

@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.deaths import LastWords, keep_traces, oom_kills, trace_folder
 from ipvg_ray.pipeline.lead import bound_lead
-from ipvg_ray.pipeline.ledger import Event, Past, TryLedger, Who
+from ipvg_ray.pipeline.ledger import Event, TryLedger, Who
 from ipvg_ray.pipeline.plan import Step
 from ipvg_ray.pipeline.stage import Resources
 from ipvg_ray.pipeline.store import Store
@@ -78,7 +78,7 @@ class _Desk(TryLedger):
         super().__init__(_node_lost)
         self.events: list[Event] = []
 
-    def begin(self, event: Event, who: Who) -> Past:
+    def begin(self, event: Event, who: Who) -> list[Who]:
         self.events.append(event)
         return super().begin(event, who)
 
@@ -105,8 +105,11 @@ class _AtDesk:
         found: tuple[list[Who], int] = ray.get(self.desk.begin_setup.remote(stage, who))
         return found
 
-    def begin(self, event: Event, who: Who) -> Past:
-        found: Past = ray.get(self.desk.begin.remote(event, who))
+    def begin(self, event: Event, who: Who) -> list[Who]:
+        noted = self.desk.begin.remote(event, who)
+        if who.alone and event.began > 1 and _first_attempt():
+            return []  # it was never tried before; should its worker die before the note is sent, its next try waits
+        found: list[Who] = ray.get(noted)
         return found
 
     def end_setup(self, stage: str, who: Who) -> None:
@@ -114,6 +117,12 @@ class _AtDesk:
 
     def end(self, event: Event, closed: bool) -> None:
         self.desk.end.remote(event, closed)
+
+
+def _first_attempt() -> bool:
+    """Whether Ray gives this task out for the first time, as far as it tells."""
+    core: Any = ray._private.worker.global_worker.core_worker  # type: ignore[attr-defined]
+    return bool(core.get_current_task_attempt_number() == 0)
 
 
 class _Tickets(Datasource):

@@ -36,15 +36,6 @@ class Who:
 
 
 @dataclass(frozen=True)
-class Past:
-    """What is known of a batch when it is begun: the tries that took their workers down, and whether it was taken apart
-    before (then some of its rows are finished one by one, and it must never be tried as a whole again)."""
-
-    died: tuple[Who, ...] = ()
-    apart: bool = False
-
-
-@dataclass(frozen=True)
 class Event:
     """What a worker tells of a batch: that it begins, with so many rows; or that it has ended, with what came of it."""
 
@@ -73,12 +64,12 @@ class Ledger(Protocol):
         """Note that it has loaded, or said why it cannot."""
         ...
 
-    def begin(self, event: Event, who: Who) -> Past:
-        """Note ahead that a batch is begun; returns what is known of it."""
+    def begin(self, event: Event, who: Who) -> list[Who]:
+        """Note ahead that a batch is begun; returns the workers that died in earlier tries of it."""
         ...
 
     def end(self, event: Event, closed: bool) -> None:
-        """Note that a batch has ended: `closed`, with all its rows on disk, or to be taken apart."""
+        """Note that a batch has ended, its tries forgotten: `closed`, with all its rows on disk, or to be taken apart."""
         ...
 
 
@@ -89,7 +80,6 @@ class TryLedger:
     Attributes:
         node_lost: whether a node, by its id, has left the cluster.
         tries: per stage and batch, the tries that have begun and not ended.
-        apart: batches that were taken apart.
         loading: per stage, the processes that have begun to load and not told that they ended it.
         started: workers that have started before.
         restarts: per stage, processes that took a dead one's place since a batch of the stage last ended.
@@ -98,7 +88,6 @@ class TryLedger:
 
     node_lost: Callable[[str], bool] = lambda node: False
     tries: dict[tuple[str, str], list[Who]] = field(default_factory=dict)
-    apart: set[tuple[str, str]] = field(default_factory=set)
     loading: dict[str, list[Who]] = field(default_factory=lambda: defaultdict(list))
     started: dict[str, Who] = field(default_factory=dict)
     restarts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
@@ -118,20 +107,17 @@ class TryLedger:
         """See `Ledger`."""
         self.loading[stage] = [w for w in self.loading[stage] if w.worker != who.worker]
 
-    def begin(self, event: Event, who: Who) -> Past:
+    def begin(self, event: Event, who: Who) -> list[Who]:
         """See `Ledger`."""
         batch = (event.stage, event.batch)
         earlier = [w for w in self.tries.get(batch, []) if w.process != who.process]
         died = [w for w in earlier if not self.node_lost(w.node)]
         self.lost_tries += len(earlier) - len(died)
         self.tries[batch] = [*died, who]
-        return Past(tuple(died), batch in self.apart)
+        return died
 
     def end(self, event: Event, closed: bool) -> None:
         """See `Ledger`."""
-        batch = (event.stage, event.batch)
-        self.tries.pop(batch, None)
+        self.tries.pop((event.stage, event.batch), None)
         if closed:
             self.restarts[event.stage] = 0
-        else:
-            self.apart.add(batch)

@@ -95,7 +95,7 @@ class Store:
                 remove_folder(old)
             elif name != self.session:
                 _close(old)
-        for folder in ("tmp", "journal", "tickets", "traces"):
+        for folder in ("tmp", "apart", "journal", "tickets", "traces"):
             make_folder(self.session_dir / folder)
         if not isinstance(self.run_dir, Path):
             (self.session_dir / "tmp" / "open").touch()
@@ -134,6 +134,19 @@ class Store:
         """Whether that has been asked."""
         return (self.session_dir / "stop").is_file()
 
+    # -- batches that were taken apart ---------------------------------------------------------------------------
+
+    def take_apart(self, stage: str, batch: str) -> None:
+        """Note for good that some rows of a batch may be finished alone: it must never be tried as a whole again."""
+        self._apart(stage, batch).touch()
+
+    def was_taken_apart(self, stage: str, batch: str) -> bool:
+        """Whether that has been noted in this session."""
+        return self._apart(stage, batch).is_file()
+
+    def _apart(self, stage: str, batch: str) -> RunPath:
+        return self.session_dir / "apart" / f"{stage}-{batch}"
+
     # -- files ---------------------------------------------------------------------------------------------------
 
     def publish_bytes(self, place: RunPath, data: bytes) -> None:
@@ -158,7 +171,7 @@ class Store:
         """Append `table` to the run's table `name` as the part file `part-<session>-<part>.parquet`."""
         metadata = {**(table.schema.metadata or {}), FINGERPRINT: fingerprint.encode()}
         buffer = io.BytesIO()
-        pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd")
+        pq.write_table(table.replace_schema_metadata(metadata), buffer, compression="zstd", use_dictionary=False)
         place = self.part(name, part)
         self.publish_bytes(place, buffer.getvalue())
         return place
@@ -210,7 +223,7 @@ def _close(session_dir: RunPath) -> None:
     """Fence a session off and remove what served only while it lasted."""
     _fence(session_dir / "tmp")
     for name in folders(session_dir):
-        if name in ("traces", "tickets") or name.startswith("fenced-"):
+        if name in ("apart", "traces", "tickets") or name.startswith("fenced-"):
             remove_folder(session_dir / name)
 
 

@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 from ipvg_ray import tables
 from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.deaths import Death, LastWords, inquest
-from ipvg_ray.pipeline.ledger import Event, Ledger, Past, Who
+from ipvg_ray.pipeline.ledger import Event, Ledger, Who
 from ipvg_ray.pipeline.plan import ATTEMPT, SAMPLES, Step
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
 from ipvg_ray.pipeline.store import FencedError, Store, batch_digest, failures_table, row_seed
@@ -134,10 +134,10 @@ class Worker:
             # A worker died between writing the batch's failures and its finished rows: only those are owed.
             rest = [i for i, key in enumerate(keys) if key not in judged]
             return self._checkpointed(batch.take(rest), [keys[i] for i in rest]) if rest else self.stored.empty_table()
-        past = self._begin(digest, len(keys), alone=not self.turns)
-        return self._tried(batch, keys, digest, past, mates)
+        died = self._begin(digest, len(keys), alone=not self.turns)
+        return self._tried(batch, keys, digest, died, mates)
 
-    def _begin(self, digest: str, rows: int, alone: bool) -> Past:
+    def _begin(self, digest: str, rows: int, alone: bool) -> list[Who]:
         who = dataclasses.replace(self.who, alone=alone)
         return self.ledger.begin(Event(self.stage.name, digest, began=rows), who)
 
@@ -148,25 +148,25 @@ class Worker:
             return set()
         return set(part[self.step.key].to_pylist())
 
-    def _tried(self, batch: pa.Table, keys: list[str], digest: str, past: Past, mates: int) -> pa.Table:
+    def _tried(self, batch: pa.Table, keys: list[str], digest: str, died: list[Who], mates: int) -> pa.Table:
+        """Finish a batch, as a whole or row by row; `mates` rows of the batch that it was taken from run without it."""
         started = time.perf_counter()
-        outcome = self._outcome(batch, digest, past, mates)
-        seconds = time.perf_counter() - started
+        apart = len(keys) > 1 and (bool(died) or self.store.was_taken_apart(self.stage.name, digest))
+        outcome = None if apart else self._outcome(batch, digest, died, mates)
         if outcome is not None:
-            self._publish(keys, digest, outcome, seconds)
+            self._publish(keys, digest, outcome, time.perf_counter() - started)
             return outcome.finished
-        # From now on the ledger knows: delivered again, this batch is taken apart again and read back row by row.
+        # Delivered again, for whatever reason, it must be taken apart again and read back row by row.
+        self.store.take_apart(self.stage.name, digest)
         self.ledger.end(Event(self.stage.name, digest, ended=True), False)
         alone = [self._checkpointed(batch.slice(i, 1), [key], len(keys) - 1) for i, key in enumerate(keys)]
         return pa.concat_tables(table.replace_schema_metadata() for table in alone)
 
-    def _outcome(self, batch: pa.Table, digest: str, past: Past, mates: int) -> Outcome | None:
-        """Try the batch; None where its rows must be tried alone: it raised, or has killed a worker before."""
+    def _outcome(self, batch: pa.Table, digest: str, died: list[Who], mates: int) -> Outcome | None:
+        """Try the batch; None where its rows must be tried alone, because it raised."""
         rows = rows_of(batch, self.stage, self.spec.run_seed)
-        if len(rows) > 1 and (past.died or past.apart):
-            return None
-        with self._turn(digest, past):
-            guilty = [who for who in past.died if who.alone]
+        with self._turn(digest, died):
+            guilty = [who for who in died if who.alone]
             if len(guilty) >= self.spec.max_deaths:
                 return Outcome(self.stored.empty_table(), [self._set_aside(rows[0], guilty, mates)])
             try:
@@ -178,11 +178,11 @@ class Worker:
                 return None if len(rows) > 1 else Outcome(self.stored.empty_table(), [self._failure(rows[0], error)])
 
     @contextlib.contextmanager
-    def _turn(self, digest: str, past: Past) -> Iterator[None]:
+    def _turn(self, digest: str, died: list[Who]) -> Iterator[None]:
         """Beside other batches, where the worker has several in work; a row that may kill waits until it is alone."""
         if not self.turns:
             yield
-        elif past.died:
+        elif died:
             with self.turns.alone():
                 self._begin(digest, 1, alone=True)
                 yield
@@ -231,7 +231,8 @@ class Worker:
         good = [(row, r) for row, r in zip(rows, results, strict=True) if not isinstance(r, RowError)]
         columns = self.step.table.columns
         added = pa.schema(list(columns.values()))
-        if unknown := {c for _, result in good for c in result.keys() - columns.keys()}:
+        if not all(result.keys() <= columns.keys() for _, result in good):
+            unknown = sorted({c for _, result in good for c in result.keys() - columns.keys()})
             raise TypeError(f"{self.stage.name}.process gave {', '.join(unknown)}, which its schema does not have")
         table = pa.Table.from_pylist([result for _, result in good], schema=added)
         if missing := [c for c, f in columns.items() if not f.nullable and table[c].null_count]:
