@@ -69,7 +69,7 @@ class Ledger(Protocol):
         ...
 
     def end(self, event: Event, closed: bool) -> None:
-        """Note that a batch has ended, its tries forgotten: `closed`, with all its rows on disk, or to be taken apart."""
+        """Note that a batch has ended and forget its tries: `closed`, its rows are on disk, else it is taken apart."""
         ...
 
 

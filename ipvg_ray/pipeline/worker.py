@@ -105,8 +105,8 @@ class Worker:
             raise WorkerStartError(
                 f"starting {name} killed its process {len(died)} times: {death.words}\n{death.stack}"
             )
-        # Every worker of the pool may at the same time be held up by a row that kills it as often as it may.
-        if restarts > (self.spec.max_deaths + 1) * asks.max_workers * asks.concurrency:
+        # Each worker may at the same time be held up by a row that kills it in its batch, beside others, and alone.
+        if restarts > 2 * (self.spec.max_deaths + 1) * asks.max_workers * asks.concurrency:
             raise WorkerStartError(f"{name}'s workers died {restarts} times without one batch coming to an end")
         try:
             self.stage.setup(StageContext(device, asks.threads, self.store, str(self.store.run_dir)))
