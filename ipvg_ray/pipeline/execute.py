@@ -106,10 +106,7 @@ class _AtDesk:
         return found
 
     def begin(self, event: Event, who: Who) -> list[Who]:
-        noted = self.desk.begin.remote(event, who)
-        if who.alone and event.began > 1 and _first_attempt():
-            return []  # it was never tried before; should its worker die before the note is sent, its next try waits
-        found: list[Who] = ray.get(noted)
+        found: list[Who] = ray.get(self.desk.begin.remote(event, who))
         return found
 
     def end_setup(self, stage: str, who: Who) -> None:
@@ -117,12 +114,6 @@ class _AtDesk:
 
     def end(self, event: Event, closed: bool) -> None:
         self.desk.end.remote(event, closed)
-
-
-def _first_attempt() -> bool:
-    """Whether Ray gives this task out for the first time, as far as it tells."""
-    core: Any = ray._private.worker.global_worker.core_worker  # type: ignore[attr-defined]
-    return bool(core.get_current_task_attempt_number() == 0)
 
 
 class _Tickets(Datasource):
