@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cluster_under_fire import kill_tree
 from engine_checks import check_nothing_redone, raw_keys
 from PIL import Image
-from test_chaos import kill_family
 
 from ipvg_ray import cli, demo, tables
 from ipvg_ray.media import images, videos
@@ -176,7 +176,8 @@ def test_the_sample_data_through_a_kill(shared: Path, tmp_path: Path, mini_model
     process = start("run", *arguments)
     while len(tables.parts(run_dir, "video")) < 4 and process.poll() is None:
         time.sleep(0.05)
-    kill_family(process, driver_only=False)  # type: ignore[arg-type]
+    kill_tree(process.pid)
+    process.wait()  # type: ignore[arg-type]
     finish(start("run", "--out", str(run_dir)), 0)
     for name, key in keys().items():
         found = raw_keys(run_dir, name, key)
