@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from ipvg_ray import config
-from ipvg_ray.models import prompt_rules as rules
-from ipvg_ray.models.chat_engine import Answer, Message, PromptTooLongError
+from ipvg_ray.models.chat import ChatModel
+from ipvg_ray.models.chat_engine import Answer, BatchEngine, PromptTooLongError, Question, Sampling
 from ipvg_ray.models.mini import qwen3
+from ipvg_ray.models.prompt_templates import CALLS, conversation, digest, load_templates
 from ipvg_ray.pipeline.stage import Row, RowError, StageContext
 from ipvg_ray.stages.prompts import PromptsStage, call_seed
 
@@ -21,37 +22,32 @@ Say = Callable[[str, str, int], str | None]
 """(call, the user's message, how often this was asked before) to an answer; None is one cut at the token limit."""
 
 
-class ScriptedEngine:
+class ScriptedEngine(BatchEngine):
     """An engine whose answers a test writes down; keeps what it was asked."""
 
     def __init__(self, say: Say) -> None:
+        super().__init__()
         self.say = say
         self.batches: list[int] = []
         self.seeds: dict[tuple[str, str], list[int]] = {}
+        self.questions: list[Question] = []
 
-    def check(self, conversation: Sequence[Message], max_new_tokens: int) -> int:
-        tokens = len(conversation[-1]["content"])
+    def check(self, question: Question, sampling: Sampling) -> int:
+        tokens = len(question.messages[-1]["content"])
         if tokens > 2000:
             raise PromptTooLongError(tokens, 2000, 2048)
         return tokens
 
-    def generate(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        seeds: Sequence[int],
-        *,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: int,
-    ) -> list[Answer]:
-        self.batches.append(len(conversations))
-        return [self._answer(messages, seed) for messages, seed in zip(conversations, seeds, strict=True)]
+    def generate(self, questions: Sequence[Question], sampling: Sampling) -> list[Answer]:
+        self.batches.append(len(questions))
+        return [self._answer(question) for question in questions]
 
-    def _answer(self, messages: Sequence[Message], seed: int) -> Answer:
-        call = "polisher" if messages[0]["content"] == rules.template("polisher") else "parser"
-        asked = self.seeds.setdefault((call, messages[1]["content"]), [])
-        text = self.say(call, messages[1]["content"], len(asked))
-        asked.append(seed)
+    def _answer(self, question: Question) -> Answer:
+        self.questions.append(question)
+        call = next(call for call in CALLS if load_templates([call], None)[call] == question.messages[0]["content"])
+        asked = self.seeds.setdefault((call, question.messages[1]["content"]), [])
+        text = self.say(call, question.messages[1]["content"], len(asked))
+        asked.append(question.seed)
         return Answer(POLISHED if text is None else text, text is not None, 1, 1)
 
 
@@ -76,6 +72,7 @@ def test_good_answers_become_the_columns() -> None:
     assert result == {
         "video_prompt": POLISHED,
         "image_prompt": f"{TRIGGER}, {SPATIAL}, close-up",
+        "reference_prompt": None,
         "prompt_status": "ok",
         "prompt_note": None,
     }
@@ -117,6 +114,7 @@ def test_after_the_last_try_the_input_stands_in_and_the_row_says_so() -> None:
     assert result == {
         "video_prompt": "A man. The chef cooks.",
         "image_prompt": f"{TRIGGER}, {SPATIAL}, close-up",
+        "reference_prompt": None,
         "prompt_status": "fallback",
         "prompt_note": "polisher: try 1 empty; try 2 does not begin with 'A man'; try 3 too short (6 characters); "
         "the input stands in",
@@ -152,15 +150,35 @@ def test_rows_that_cannot_be_asked_fail_alone() -> None:
     assert [r["prompt_status"] for r in (fine, other) if isinstance(r, dict)] == ["ok", "ok"]
 
 
-def test_the_fingerprint_covers_the_instructions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    stage = _stage(model=str(tmp_path))
-    before = stage.fingerprint_settings()
+def test_the_fingerprint_covers_the_instructions(tmp_path: Path) -> None:
+    before = _stage(model=str(tmp_path)).fingerprint_settings()
     assert "model" not in before
-    assert stage.models() == {"model": tmp_path}
-    monkeypatch.setattr(rules, "template", lambda call: "another instruction")
-    rules.templates_digest.cache_clear()
-    assert stage.fingerprint_settings() != before
-    rules.templates_digest.cache_clear()
+    assert _stage(model=str(tmp_path)).models() == {"model": tmp_path}
+    (tmp_path / "parser.txt").write_text("List what is seen.")
+    own = _stage(model=str(tmp_path), templates=str(tmp_path))
+    assert own.templates["parser"] == "List what is seen."
+    assert own.templates["polisher"] == load_templates(["polisher"], None)["polisher"]
+    assert {k for k, v in own.fingerprint_settings().items() if before[k] != v} == {"templates"}
+    (tmp_path / "parser.txt").write_text("List what can be seen.")
+    assert own.fingerprint_settings()["templates"] == digest_of(own)  # what this run's workers are given stays
+
+
+def test_the_fingerprint_leaves_out_what_decides_speed_alone() -> None:
+    def settings(**changes: object) -> dict[str, object]:
+        return _stage(engine="vllm", **changes).fingerprint_settings()
+
+    plain = settings()
+    assert settings(vllm={"kv_cache_gb": 2, "max_sequences": 3}, picture_side=64, endpoint={"tries": 1}) == plain
+    assert settings(vllm={"quantization": "fp8"}) != plain
+    assert settings(constrain=False) != plain
+    endpoint = _stage(engine="openai", model="some-model")
+    assert endpoint.models() == {}
+    assert endpoint.fingerprint_settings()["model"] == "some-model"
+    assert "OPENAI_API_KEY" not in str(endpoint.fingerprint_settings())
+
+
+def digest_of(stage: PromptsStage) -> str:
+    return digest(stage.templates)
 
 
 # --- with the miniature model -------------------------------------------------------------------------------------
@@ -203,8 +221,9 @@ def test_the_same_bytes_whatever_the_batch_and_order(mini: PromptsStage) -> None
 def test_the_models_answers_depend_on_the_seed(mini: PromptsStage) -> None:
     asked: list[Answer] = []
     for seed in (1, 1, 2):
-        messages = rules.conversation("polisher", INNOCENT[0], "A man")
-        asked += mini.engine.generate([messages], [seed], temperature=1.0, top_p=0.9, max_new_tokens=12)
+        messages = conversation(mini.templates["polisher"], INNOCENT[0], "A man")
+        assert isinstance(mini.engine, ChatModel)
+        asked += mini.engine.generate([Question(messages, seed)], Sampling(1.0, 0.9, 12))
     assert asked[0] == asked[1] != asked[2]
 
 

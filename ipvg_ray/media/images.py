@@ -109,6 +109,16 @@ def _white(mode: str, brightest: float) -> float:
     return 1.0 if mode == "F" and brightest <= 1 else 255.0
 
 
+def shrunk(array: np.ndarray, side: int) -> np.ndarray:
+    """A uint8 picture whose longer side is at most `side` pixels; one that already is comes back as it is."""
+    height, width = array.shape[:2]
+    scale = side / max(height, width)
+    if scale >= 1:
+        return array
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.LANCZOS))
+
+
 def encode(array: np.ndarray, kind: str = "png", quality: int = 95) -> dict[str, Any]:
     """A table's picture from uint8 (height, width) grey or (height, width, 3) RGB; `kind` is png or jpeg."""
     buffer = io.BytesIO()

@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from ipvg_ray.models.chat_engine import Answer, ChatFolderError, Message, PromptTooLongError
+from ipvg_ray.models.chat_engine import Answer, BatchEngine, ChatFolderError, Question, Sampling
 from ipvg_ray.models.chat_tokens import ChatTokenizer
 from ipvg_ray.models.quiet import no_bars
 
 
-class ChatModel:
+class ChatModel(BatchEngine):
     """A causal language model with a chat template (Qwen3) from a folder in the Hugging Face format.
 
-    It is a `ChatEngine`. The random numbers of an answer never depend on the other conversations of a call. Its logits
-    do by rounding, since matrix products of other sizes add in another order: where two tokens tie within rounding, an
-    answer may differ between batch sizes. Of 480 answers of the miniature (48 tokens, temperatures 0.1 and 1) none
-    differed between batches of 1 and of 8 in float32, 207 in bfloat16.
+    Patterns of questions are ignored. The random numbers of an answer never depend on the other conversations of a
+    call. Its logits do by rounding, since matrix products of other sizes add in another order: where two tokens tie
+    within rounding, an answer may differ between batch sizes. Of 480 answers of the miniature (48 tokens, temperatures
+    0.1 and 1) none differed between batches of 1 and of 8 in float32, 207 in bfloat16.
 
     Args:
         folder: configuration, safetensors weights, tokenizer and chat template.
@@ -37,6 +37,7 @@ class ChatModel:
     ) -> None:
         from transformers import AutoModelForCausalLM, GenerationConfig
 
+        super().__init__()
         folder = Path(folder)
         if not (folder / "config.json").is_file():  # else transformers would take the name for one on the Hub
             raise ChatFolderError(f"{folder} holds no config.json; give the folder of a Qwen3 model")
@@ -51,41 +52,29 @@ class ChatModel:
         self.model: Any = model.to(device).eval()
         self.context = int(self.model.config.max_position_embeddings)
         self.max_batch_tokens = max_batch_tokens
-        self._ends = _end_ids(self.model.generation_config, self.tokens)
+        self._ends = self.tokens.end_ids()
         self._pad = self._ends[0]
         # A new one: the folder's own carries the publisher's temperature, top_k and top_p, which `generate` would apply
         # to whatever a call leaves unset.
         self.model.generation_config = GenerationConfig(eos_token_id=self._ends, pad_token_id=self._pad)
 
-    def check(self, conversation: Sequence[Message], max_new_tokens: int) -> int:
-        """See `ChatEngine.check`."""
-        return len(self._encode(conversation, max_new_tokens))
+    def check(self, question: Question, sampling: Sampling) -> int:
+        """See `BatchEngine.check`."""
+        return len(self._encode(question, sampling))
 
-    def generate(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        seeds: Sequence[int],
-        *,
-        temperature: float,
-        top_p: float,
-        max_new_tokens: int,
-    ) -> list[Answer]:
-        """See `ChatEngine.generate`."""
-        if len(conversations) != len(seeds):
-            raise ValueError(f"{len(conversations)} conversations came with {len(seeds)} seeds")
-        prompts = [self._encode(conversation, max_new_tokens) for conversation in conversations]
+    def generate(self, questions: Sequence[Question], sampling: Sampling) -> list[Answer]:
+        """See `BatchEngine.generate`."""
+        prompts = [self._encode(question, sampling) for question in questions]
         answers: dict[int, Answer] = {}
-        for group in _groups([len(p) + max_new_tokens for p in prompts], self.max_batch_tokens):
-            sampler = SeededSampler([seeds[i] for i in group], temperature, top_p, vocabulary=len(self.tokens))
-            answers.update(zip(group, self._run([prompts[i] for i in group], sampler, max_new_tokens), strict=True))
+        for group in _groups([len(p) + sampling.max_new_tokens for p in prompts], self.max_batch_tokens):
+            seeds = [questions[i].seed for i in group]
+            sampler = SeededSampler(seeds, sampling.temperature, sampling.top_p, vocabulary=len(self.tokens))
+            run = self._run([prompts[i] for i in group], sampler, sampling.max_new_tokens)
+            answers.update(zip(group, run, strict=True))
         return [answers[i] for i in range(len(prompts))]
 
-    def _encode(self, conversation: Sequence[Message], max_new_tokens: int) -> list[int]:
-        ids = self.tokens.encode(conversation)
-        limit = self.context - max_new_tokens
-        if len(ids) > limit:
-            raise PromptTooLongError(len(ids), limit, self.context)
-        return ids
+    def _encode(self, question: Question, sampling: Sampling) -> list[int]:
+        return self.tokens.encode_within(question, sampling, self.context)
 
     def _run(self, prompts: list[list[int]], sampler: SeededSampler, max_new_tokens: int) -> Iterator[Answer]:
         width = max(map(len, prompts))
@@ -172,14 +161,3 @@ def _groups(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         group.append(index)
     if group:
         yield group
-
-
-def _end_ids(generation_config: Any, tokens: ChatTokenizer) -> list[int]:
-    """Ids that end an answer: those the folder's generation config names, and the tokenizer's."""
-    named = generation_config.eos_token_id
-    ids = [named] if isinstance(named, int) else list(named or ())
-    if (own := tokens.tokenizer.eos_token_id) is not None and own not in ids:
-        ids.append(own)
-    if not ids:
-        raise ChatFolderError(f"{tokens.folder} names no token that ends an answer (eos_token_id)")
-    return ids

@@ -1,36 +1,65 @@
-"""What the two language-model calls are asked, and the pure rules that mend, accept or replace their answers.
+"""The pure rules that mend, accept or replace what the language model answers. Nothing here knows a model.
 
-The calls are IPVG-STD's Temporal Prompt Polisher and Spatial Semantic Parser (arXiv 2507.04705). Nothing
-here knows a model.
+The calls are IPVG-STD's Temporal Prompt Polisher and Spatial Semantic Parser (arXiv 2507.04705), and TPIGE's face-aware
+prompt and appearance sentence (arXiv 2509.01362). Each has a check and a fallback. What can be mended is mended; what
+cannot makes the answer invalid, with the reason in words.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from typing import Literal
 
-from ipvg_ray.models.chat_engine import Message
+from ipvg_ray.models.prompt_text import beginning, mend, plain
 
-Call = Literal["polisher", "parser"]
+Language = Literal["en", "any"]
+"""What answers are to be written in. `any` leaves the language unchecked, for templates that ask for another."""
 
 MIN_CHARACTERS = 15
 """An answer with fewer characters than this after its target describes nothing."""
 
 ENDING = "close-up"
 
-_JOINERS = "\u200c\u200d"  # invisible too, but emoji families, Persian and Indic scripts are spelled with them
-_MARKER = re.compile(r"<\|[^|<>\s]{1,40}\|>")
-_THINK_TAG = re.compile(r"(</?think(?:ing)?>)", re.IGNORECASE)
+MIN_PHRASES = 3
+MAX_PHRASE_WORDS = 25
+"""A still picture's prompt with fewer phrases, or longer ones, is running text."""
+
+KEPT_WORDS = 0.9
+"""Share of the prompt's words that a face-aware prompt must hold in their order; room for a changed article."""
+
 _CLOSE_UP = re.compile(r"(?<![\w-])close[\s\-\u2010-\u2013]?up$", re.IGNORECASE)
-_QUOTES = {'"': '"', "'": "'", "`": "`", "*": "*", "“": "”", "\u2018": "\u2019", "«": "»", "「": "」"}
-_MAY_STAND_INSIDE = (
-    "'`*\u2019"  # apostrophes and Markdown; any other closing mark inside means that the pair is not one
+_SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]+[\"'”’)]*\s+")
+_FEET = re.compile(
+    r"\b(?:bare)?(?:foot|feet)\b(?!\s+(?:of|tall|high|long|away|above|below|deep|wide))|\bbarefoot(?:ed)?\b|"
+    r"\b(?:footwear|shoes?|boots?|sneakers?|sandals?|slippers?|socks?|stockings?|loafers?|trainers|moccasins|"
+    r"stilettos?|(?:high[- ])?heels?|flip-flops?|ankles?|toes?)\b",
+    re.IGNORECASE,
 )
+_NUMBER_BEFORE = re.compile(r"(?:\d|\b(?:two|three|four|five|six|seven|eight|nine|ten|hundred|thousand|few)\s*)$", re.I)
+_JOINT = re.compile(r"\s+(?:and|with|in|wearing|over|above|plus|or)\s+", re.IGNORECASE)
+_HE = re.compile(r"\b(?:he|him|his|himself)\b", re.IGNORECASE)
+_SHE = re.compile(r"\b(?:she|her|hers|herself)\b", re.IGNORECASE)
+_MEN = re.compile(
+    r"\b(?:m[ae]n|boys?|guys?|gentlem[ae]n|males?|fathers?|dads?|daddy|sons?|brothers?|husbands?|uncles?|nephews?|"
+    r"grandfathers?|grandpas?|grandsons?|boyfriends?|grooms?|kings?|princes?|lads?|actors?|waiters?|mr|sir|"
+    r"\w+m[ae]n)\b",
+    re.IGNORECASE,
+)
+_WOMEN = re.compile(
+    r"\b(?:wom[ae]n|girls?|lad(?:y|ies)|females?|mothers?|mums?|moms?|mommy|daughters?|sisters?|wi(?:fe|ves)|aunts?|"
+    r"nieces?|grandmothers?|grandmas?|granddaughters?|girlfriends?|brides?|queens?|princess(?:es)?|actress(?:es)?|"
+    r"waitress(?:es)?|mrs|ms|miss|madam|\w+wom[ae]n)\b",
+    re.IGNORECASE,
+)
+_ENGLISH = re.compile(
+    r"(?:a|an|and|are|as|at|be|behind|before|but|by|each|for|from|has|have|he|her|herself|his|himself|holds|in|inside|"
+    r"into|is|it|its|of|off|on|one|onto|or|out|over|she|slightly|some|that|the|their|them|then|there|they|this|through|"
+    r"to|towards?|under|up|wearing|wears|while|who|with|within|without|you|your)"
+)
+MIN_ENGLISH = 0.1
+"""Share of such words below which running text of a dozen words or more is not English (English has about 0.4)."""
 
 
 @dataclass(frozen=True)
@@ -48,37 +77,7 @@ class Checked:
     invalid: tuple[str, ...]
 
 
-@cache
-def template(call: Call) -> str:
-    """The fixed instruction of a call, `templates/<call>.txt`."""
-    return (resources.files("ipvg_ray.models") / "templates" / f"{call}.txt").read_text(encoding="utf-8").strip()
-
-
-@cache
-def templates_digest() -> str:
-    """Hash of both instructions, for a fingerprint: other instructions give other answers."""
-    return hashlib.sha256("\0".join((template("polisher"), template("parser"))).encode()).hexdigest()[:16]
-
-
-def conversation(call: Call, text: str, target: str) -> list[Message]:
-    """The messages of one call.
-
-    All that is fixed stands first, the target (one of three) after it and the sample's own text last, so that an engine
-    with prefix caching reads the instruction once. The instruction has the system's role: the user's text is data.
-    """
-    return [
-        {"role": "system", "content": template(call)},
-        {"role": "user", "content": f"Subject: {target}\nText: {plain(text)}"},
-    ]
-
-
-def plain(text: str) -> str:
-    """`text` as one line: no control or other invisible characters, no chat markers or thinking tags, single spaces."""
-    # Markers give way to a space, not to nothing, so that what stood around one cannot join into another.
-    return _one_line(_THINK_TAG.sub(" ", _MARKER.sub(" ", _one_line(text))))
-
-
-def check_polished(answer: str, target: str, *, finished: bool) -> Checked:
+def check_polished(answer: str, target: str, *, finished: bool, language: Language = "en") -> Checked:
     """Mend and judge an answer of the Temporal Prompt Polisher.
 
     Mending the mended text again changes nothing.
@@ -87,139 +86,184 @@ def check_polished(answer: str, target: str, *, finished: bool) -> Checked:
         answer: what the model wrote.
         target: how it must begin, such as `A man`.
         finished: False where the model was stopped by the token limit.
+        language: what it was asked to be written in.
     """
-    text, mended = _mend(answer, target)
-    return Checked(text, mended, _faults(text, target, finished))
+    text, mended = mend(answer, target)
+    return Checked(text, mended, _faults(text, target, finished, language))
 
 
-def check_spatial(answer: str, target: str, *, finished: bool, trigger_words: str) -> Checked:
+def check_spatial(
+    answer: str, target: str, *, finished: bool, trigger_words: str, language: Language = "en"
+) -> Checked:
     """Mend and judge an answer of the Spatial Semantic Parser: `<trigger words>, <target> …, close-up`.
 
     Mending the mended text again changes nothing. Arguments as for `check_polished`; `trigger_words` are the LoRA's,
     none where empty.
     """
-    text, mended = _mend(answer, target)
-    invalid = _faults(text, target, finished)
+    text, mended = mend(answer, target)
+    for what, step in (("sentences parted into phrases", _phrased), ("feet and shoes removed", _without_feet)):
+        after = step(text)
+        mended, text = (mended if after == text else (*mended, what)), after
+    invalid = _faults(text, target, finished, language)
     closed = _with_ending(text)
     if closed != text:
         mended = (*mended, f"ended in {ENDING}")
+    if not invalid and (fault := _not_phrases(closed)):
+        invalid = (fault,)
     return Checked(_with_trigger(closed, trigger_words), mended, invalid)
+
+
+def check_face_aware(answer: str, prompt: str, *, finished: bool, language: Language = "en") -> Checked:
+    """Mend and judge TPIGE's face-aware prompt: the prompt's own words in their order, and more between them."""
+    text, mended = mend(answer, None)
+    faults = list(_broken(text, finished))
+    wanted, have = _words(plain(prompt)), _words(text)
+    if text:
+        kept = _common(wanted, have)
+        if kept < KEPT_WORDS * len(wanted):
+            faults.append(f"keeps {kept} of the prompt's {len(wanted)} words")
+        elif len(have) - kept < 3:
+            faults.append("adds no description of the face")
+        # Judged where the prompt itself passes: its own words are kept whatever they are.
+        if not _foreign(plain(prompt), language) and (fault := _foreign(text, language)):
+            faults.append(fault)
+    return Checked(text, mended, tuple(faults))
+
+
+def check_appearance(answer: str, target: str, *, finished: bool, language: Language = "en") -> Checked:
+    """Mend and judge TPIGE's one sentence on how the subject of the reference picture looks: `A man in a grey coat.`"""
+    text, mended = mend(answer, target)
+    first = _SENTENCE_END.split(text, maxsplit=1)[0].rstrip(" .!?…") + "." if text else text
+    if first != text:
+        mended = (*mended, "cut after the first sentence" if len(first) < len(text) else "full stop added")
+    return Checked(first, mended, _faults(first, target, finished, language))
 
 
 def fallback_polished(text: str, target: str) -> str:
     """The call's input in place of an answer, the target in front: `A man. The chef leapt to the sink.`"""
     text = plain(text)
-    return _beginning(text, target) or f"{target}. {text}".rstrip()
+    return beginning(text, target) or f"{target}. {text}".rstrip()
 
 
 def fallback_spatial(text: str, target: str, trigger_words: str) -> str:
     """The call's input in place of an answer: `<trigger words>, A man, the chef leapt to the sink, close-up`."""
     text = plain(text)
-    phrases = _beginning(text, target) or f"{target}, {_article_lowered(text)}"
+    phrases = beginning(text, target) or f"{target}, {_article_lowered(text)}"
     return _with_trigger(_with_ending(phrases), trigger_words)
 
 
-def _one_line(text: str) -> str:
-    return " ".join("".join(" " if c.isspace() else c for c in text if _is_visible(c)).split())
+def spatial_from(sentence: str, trigger_words: str) -> str:
+    """A sentence as the prompt of a still picture: `<trigger words>, A man in a grey coat, close-up`."""
+    return _with_trigger(_with_ending(plain(sentence)), trigger_words)
 
 
-def _is_visible(character: str) -> bool:
-    if character.isspace() or character in _JOINERS:
-        return True
-    code = ord(character)
-    if code == 0xFFFD or code & 0xFFFE == 0xFFFE:  # what undecodable bytes became, and two noncharacters per plane
-        return False
-    # Control, surrogate and format characters; the last reorder text on the page or hide text in it.
-    return unicodedata.category(character) not in ("Cc", "Cs", "Cf")
+# -- judging ----------------------------------------------------------------------------------------------------
 
 
-def _mend(answer: str, target: str) -> tuple[str, tuple[str, ...]]:
-    """What both calls' answers have in common, in the order in which one mend can uncover the next."""
-    mended = []
-    if not all(_is_visible(c) for c in answer):
-        mended.append("control characters removed")
-    text = _one_line(answer)
-    for what, step in (
-        ("thinking removed", _without_thinking),
-        ("chat markers removed", lambda t: _one_line(_MARKER.sub(" ", t))),
-        ("quotation marks removed", _unquoted),
-        ("cut before the target", lambda t: _cut(t, target)),
-        ("target respelled", lambda t: _beginning(t, target) or t),
-    ):
-        after = step(text)
-        if after != text:
-            mended.append(what)
-        text = after
-    return text, tuple(mended)
+def _faults(text: str, target: str, finished: bool, language: Language) -> tuple[str, ...]:
+    judged = (_foreign(text.removeprefix(target), language), _contradicting(text, target))
+    return (*_broken(text, finished, target), *(fault for fault in judged if fault))
 
 
-def _faults(text: str, target: str, finished: bool) -> tuple[str, ...]:
-    faults = []
+def _broken(text: str, finished: bool, target: str = "") -> Iterator[str]:
     if not text:
-        faults.append("empty")
-    elif not _beginning(text, target):
-        faults.append(f"does not begin with {target!r}")
+        yield "empty"
+    elif target and not beginning(text, target):
+        yield f"does not begin with {target!r}"
     elif len(text) - len(target) < MIN_CHARACTERS:
-        faults.append(f"too short ({len(text)} characters)")
+        yield f"too short ({len(text)} characters)"
     if not finished:
-        faults.append("cut at the token limit")
-    return tuple(faults)
+        yield "cut at the token limit"
 
 
-def _without_thinking(text: str) -> str:
-    """Drop thinking blocks, whole ones and those of which an answer holds only one end."""
-    kept: list[str] = []
-    inside = False
-    for part in _THINK_TAG.split(text):
-        if not _THINK_TAG.fullmatch(part):
-            kept += [] if inside else [part]
-        elif part.startswith("</"):
-            if not inside:  # the block began in the prompt: all so far was thinking
-                kept.clear()
-            inside = False
-        else:
-            inside = True
-    return _one_line(" ".join(kept))
+def _contradicting(text: str, target: str) -> str | None:
+    """A pronoun of the other gender that nobody named before it can be meant by."""
+    for mine, pronouns, people in (("A man", _SHE, _WOMEN), ("A woman", _HE, _MEN)):
+        if target != mine or not (match := pronouns.search(text)):
+            continue
+        # "A woman" itself holds no man; `\w+man` must not take it for one.
+        named = any(not _WOMEN.fullmatch(m[0]) or people is _WOMEN for m in people.finditer(text, 0, match.start()))
+        if not named:
+            return f"calls {target!r} {match[0].lower()!r}"
+    return None
 
 
-def _unquoted(text: str) -> str:
-    """Drop pairs of quotation marks (and Markdown's) around the whole text."""
-    while len(text) > 1 and (closing := _QUOTES.get(text[0])) == text[-1]:
-        inner = text[1:-1]
-        if closing in inner and closing not in _MAY_STAND_INSIDE:
-            break
-        text = inner.strip()
-    return text
+def _foreign(text: str, language: Language) -> str | None:
+    """Why a text is not in the language that was asked for."""
+    if language == "any":
+        return None
+    letters = [c for c in text if c.isalpha()]
+    latin = sum(c < "\u0250" for c in letters)
+    if letters and latin < 0.9 * len(letters):
+        return "is not written in Latin letters"
+    words = _words(text)
+    # Commas make a list of phrases, which needs few small words.
+    if len(words) >= 12 and text.count(",") * 6 < len(words):
+        share = sum(_ENGLISH.fullmatch(word) is not None for word in words) / len(words)
+        if share < MIN_ENGLISH:
+            return "is not English"
+    return None
 
 
-def _cut(text: str, target: str) -> str:
-    """Drop what stands before the target's first appearance, exactly spelled ones first, and the quotation mark that
-    the cut may have left without its other half."""
-    if _beginning(text, target):
-        return text
-    match = _target(target).search(text) or _target(target, re.IGNORECASE).search(text)
-    return _without_stray_mark(text[match.start() :]) if match else text
+def _not_phrases(text: str) -> str | None:
+    phrases = [phrase.split() for phrase in text.split(",") if phrase.strip()]
+    if len(phrases) < MIN_PHRASES:
+        return f"has {len(phrases)} phrases"
+    longest = max(map(len, phrases))
+    return f"has a phrase of {longest} words" if longest > MAX_PHRASE_WORDS else None
 
 
-def _without_stray_mark(text: str) -> str:
-    while text and text[-1] in '"”»」`*':
-        opening = next(o for o, c in _QUOTES.items() if c == text[-1])
-        closed = text.count(opening) % 2 == 0 if opening == text[-1] else text.count(opening) >= text.count(text[-1])
-        if closed:
-            break
-        text = text[:-1].rstrip()
-    return text
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+(?:['’]\w+)?", text.lower())
 
 
-def _beginning(text: str, target: str) -> str | None:
-    """`text` with the target spelled as given, or None where it does not begin with it in any case."""
-    match = _target(target, re.IGNORECASE).match(text)
-    return target + text[match.end() :] if match else None
+def _common(wanted: list[str], have: list[str]) -> int:
+    """How many of the wanted words stand in the other text in their order: the longest common subsequence.
+
+    Bit-parallel (Hyyrö, 2004): hostile texts of thousands of equal words take no quadratic time in practice.
+    """
+    places: dict[str, int] = {}
+    for i, word in enumerate(wanted):
+        places[word] = places.get(word, 0) | 1 << i
+    everything = (1 << len(wanted)) - 1
+    row = everything
+    for word in have:
+        matching = row & places.get(word, 0)
+        row = ((row + matching) | (row - matching)) & everything
+    return len(wanted) - row.bit_count()
 
 
-@cache
-def _target(target: str, flags: int = 0) -> re.Pattern[str]:
-    return re.compile(rf"(?<![\w-]){re.escape(target)}(?![\w-])", flags)  # "A man", not "A man-made" or "Panama man"
+# -- mending ----------------------------------------------------------------------------------------------------
+
+
+def _phrased(text: str) -> str:
+    """Sentences and semicolons as phrases: `A man sits. He smiles.` becomes `A man sits, he smiles`."""
+    parts = [part.strip(" .,;:!?…") for part in _SENTENCE_END.split(text)]
+    text = ", ".join(part if i == 0 else _article_lowered(part) for i, part in enumerate(parts) if part)
+    return ", ".join(part for part in (p.strip() for p in re.split(r"[,;]", text)) if part)
+
+
+def _without_feet(text: str) -> str:
+    """Phrases without what they say of feet and shoes; a phrase that says nothing else goes."""
+    phrases = [_phrase_without_feet(phrase) for phrase in text.split(", ")]
+    return ", ".join(phrase for phrase in phrases if phrase)
+
+
+def _phrase_without_feet(phrase: str) -> str:
+    while match := next(_named_feet(phrase), None):
+        joint = max((m.start() for m in _JOINT.finditer(phrase, 0, match.start())), default=None)
+        phrase = "" if joint is None else phrase[:joint].rstrip()
+    return phrase
+
+
+def _named_feet(phrase: str) -> Iterator[re.Match[str]]:
+    """Feet that are no measure of length."""
+    for match in _FEET.finditer(phrase):
+        if not (
+            match[0].lower() in ("feet", "foot")
+            and _NUMBER_BEFORE.search(phrase[max(0, match.start() - 12) : match.start()].rstrip("- "))
+        ):
+            yield match
 
 
 def _with_ending(text: str) -> str:
@@ -235,4 +279,4 @@ def _with_trigger(text: str, trigger_words: str) -> str:
 
 
 def _article_lowered(text: str) -> str:
-    return re.sub(r"^(?:The|An?)(?=\s)", lambda match: match[0].lower(), text)
+    return re.sub(r"^(?:The|An?|He|She|They|His|Her|Their|It|Its|In|On|At|With)(?=\s)", lambda m: m[0].lower(), text)

@@ -1,179 +1,292 @@
-"""Prompts: two language-model calls per sample turn the user's text into a temporal and a spatial prompt."""
+"""Prompts: language-model calls per sample turn the user's text into a temporal and a spatial prompt."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import sys
+import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
+from ipvg_ray.media import images
 from ipvg_ray.models import prompt_rules as rules
-from ipvg_ray.models.chat_engine import Answer, ChatEngine, Message, PromptTooLongError
+from ipvg_ray.models.chat_engine import (
+    Answer,
+    ChatEngine,
+    Dialogue,
+    EndpointError,
+    EngineDiedError,
+    PromptTooLongError,
+    Question,
+    Sampling,
+)
+from ipvg_ray.models.chat_load import load_engine
+from ipvg_ray.models.prompt_patterns import pattern
+from ipvg_ray.models.prompt_templates import Call, conversation, digest, load_templates
+from ipvg_ray.models.prompt_text import plain
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
 
 if TYPE_CHECKING:
-    from ipvg_ray.config import PromptsConfig
+    from ipvg_ray.config import Config, PromptsConfig
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Request:
-    """One question to the language model."""
-
-    messages: list[Message]
-    seed: int
+CALLS: dict[str, tuple[Call, ...]] = {
+    "ipvg_std": ("polisher", "parser"),
+    "raw": ("parser",),
+    "tpige": ("face_aware", "appearance"),
+}
+"""The calls of each method, in the order in which a sample makes them."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How one call of a sample ended: its text, `ok`, `retried` or `fallback`, and why its tries were refused."""
 
+    call: Call
     text: str
     status: str
     reasons: tuple[str, ...]
 
 
-Sample = Generator[Request, Answer | None, Row]
-"""A sample under way: yields requests, is sent answers, returns its columns."""
-
-
 class PromptsStage(Stage):
-    """Temporal Prompt Polisher, then Spatial Semantic Parser (arXiv 2507.04705), with checked answers.
+    """The prompts of IPVG-STD (arXiv 2507.04705) or TPIGE (arXiv 2509.01362), with checked answers.
 
-    A sample is a generator that yields requests and is sent answers: how its two calls and their repeats follow from
-    each other is written once, whatever runs the model. Here the samples of a batch go forward together, those that ask
-    again beside those that are a call ahead; an engine that keeps requests in flight can drive each sample on its own.
+    `ipvg_std`: Temporal Prompt Polisher, then Spatial Semantic Parser. `raw`: the parser alone, the user's own text for
+    the video. `tpige`: a vision-language model weaves the face of the reference picture into the text, and says in one
+    sentence how the person looks.
+
+    A sample is a dialogue (`chat_engine`): how its calls and their repeats follow from each other is written once,
+    whatever runs the model. `process` may be called from several threads at a time.
     """
 
     name = "prompts"
     grain = "sample"
-    needs = ("prompt", "target")
+    needs: ClassVar[tuple[str, ...]] = ("prompt", "target")
+    version = 2
+
+    def __init__(self, config: Config) -> None:
+        """Read the instructions now: every worker of a run gets those that its fingerprint was made from."""
+        super().__init__(config)
+        self.templates = load_templates(CALLS[self.settings.method], self.settings.templates)
+        if self.settings.method == "tpige":
+            self.needs = (*type(self).needs, "image", "image_sha256")  # type: ignore[misc] # of this configuration
 
     @property
     def settings(self) -> PromptsConfig:
         return self.config.prompts
 
     def models(self) -> Mapping[str, Path]:
-        return {"model": self.config.models.path(self.settings.model)}
+        if self.settings.engine == "openai":
+            return {}  # the endpoint has it
+        field = self.settings.model_field
+        return {field: self.config.models.path(getattr(self.settings, field))}
 
     def fingerprint_settings(self) -> dict[str, Any]:
-        return {**super().fingerprint_settings(), "templates": rules.templates_digest()}
+        settings = super().fingerprint_settings()
+        dropped = {
+            "ipvg_std": ("vision_model", "picture_side"),
+            "raw": ("vision_model", "picture_side", "spatial_source"),
+            "tpige": ("model", "spatial_source"),
+        }
+        for field in (*dropped[self.settings.method], "vllm", "endpoint"):
+            settings.pop(field, None)
+        if self.settings.engine == "vllm":  # what decides memory and speed alone is left out
+            settings["vllm"] = self.settings.vllm.model_dump(include={"quantization", "extra"})
+        if self.settings.engine == "openai":
+            settings["endpoint"] = self.settings.endpoint.model_dump(include={"extra_body"})
+        return settings | {"templates": digest(self.templates)}
 
     def setup(self, context: StageContext) -> None:
-        import torch
-
-        from ipvg_ray.models.chat import ChatModel
-
-        torch.set_num_threads(context.threads)
-        self.engine: ChatEngine = ChatModel(self.models()["model"], dtype=self.settings.dtype, device=context.device)
-
-    def process(self, rows: Sequence[Row]) -> Sequence[Row | RowError]:
-        """Rows with `video_prompt`, `image_prompt`, `prompt_status` and `prompt_note`.
-
-        Errors: `empty_prompt` where nothing visible is left of a prompt, `prompt_too_long` where a call exceeds the
-        model's context.
-        """
-        samples = [self._sample(row) for row in rows]
-        states = [self._forward(sample, None) for sample in samples]
-        while asked := {i: state for i, state in enumerate(states) if isinstance(state, Request)}:
-            for i, answer in zip(asked, self._answers(list(asked.values())), strict=True):
-                states[i] = self._forward(samples[i], answer)
-        return [state for state in states if not isinstance(state, Request)]
-
-    def _forward(self, sample: Sample, answer: Answer | None) -> Request | Row | RowError:
-        """Send a sample its answer (None starts it): its next request, or how it ended."""
-        try:
-            request = sample.send(answer)
-            self.engine.check(request.messages, self.settings.max_new_tokens)
-            return request
-        except StopIteration as end:
-            columns: Row = end.value
-            return columns
-        except PromptTooLongError as error:
-            return RowError("prompt_too_long", str(error))
-        except RowError as error:
-            return error
-
-    def _answers(self, requests: Sequence[Request]) -> list[Answer]:
-        return self.engine.generate(
-            [request.messages for request in requests],
-            [request.seed for request in requests],
-            temperature=self.settings.temperature,
-            top_p=self.settings.top_p,
-            max_new_tokens=self.settings.max_new_tokens,
+        self.engine: ChatEngine = load_engine(
+            self.settings, self.models(), device=context.device, threads=context.threads
         )
 
-    def _sample(self, row: Row) -> Sample:
-        """Both calls of one sample; returns the columns."""
-        prompt, target, seed = str(row["prompt"]), str(row["target"]), int(row["seed"])
-        trigger = self.settings.trigger_words
-        if not rules.plain(prompt):
+    def teardown(self) -> None:
+        self.engine.close()
+
+    def process(self, rows: Sequence[Row]) -> Sequence[Row | RowError]:
+        """Rows with `video_prompt`, `image_prompt`, `reference_prompt`, `prompt_status` and `prompt_note`.
+
+        Errors: `empty_prompt` where nothing visible is left of a prompt, `prompt_too_long` where a call exceeds the
+        model's context, `endpoint_refused` and `endpoint_busy` where an endpoint gives no answer, and the kinds of
+        `images.ImageError` where the method looks at the reference picture.
+        """
+        results: list[Row | RowError | None] = [None] * len(rows)
+        dialogues: dict[int, Dialogue[Row]] = {}
+        for i, row in enumerate(rows):
+            try:
+                dialogues[i] = self._begun(row)
+            except RowError as error:
+                results[i] = error
+        try:
+            ends = self.engine.converse(list(dialogues.values()), self._sampling())
+        except EngineDiedError:
+            _leave()
+        for i, end in zip(dialogues, ends, strict=True):
+            results[i] = _judged(end)
+        return [result for result in results if result is not None]
+
+    def _sampling(self) -> Sampling:
+        return Sampling(self.settings.temperature, self.settings.top_p, self.settings.max_new_tokens)
+
+    def _begun(self, row: Row) -> Dialogue[Row]:
+        """The dialogue of a row. What takes long is done here, in the calling thread, and not on the engine's loop."""
+        if not plain(str(row["prompt"])):
             raise RowError("empty_prompt", "the prompt holds no visible character; write what the person does")
+        picture = _picture(row, self.config) if self.settings.method == "tpige" else None
+        dialogue: Dialogue[Row] = getattr(self, f"_{self.settings.method}")(row, picture)
+        return dialogue
+
+    # -- the methods ------------------------------------------------------------------------------------------------
+
+    def _ipvg_std(self, row: Row, picture: bytes | None) -> Dialogue[Row]:
+        prompt, target = str(row["prompt"]), self._target(row)
+        temporal = yield from self._polished(prompt, target, int(row["seed"]))
+        source = temporal.text if self.settings.spatial_source == "refined" else prompt
+        spatial = yield from self._parsed(source, target, int(row["seed"]))
+        return _columns((temporal, spatial), temporal.text, spatial.text)
+
+    def _raw(self, row: Row, picture: bytes | None) -> Dialogue[Row]:
+        """The paper's ablation: the video gets the user's own words; the first frame needs phrases all the same."""
+        prompt = str(row["prompt"])
+        spatial = yield from self._parsed(prompt, self._target(row), int(row["seed"]))
+        return _columns((spatial,), plain(prompt), spatial.text)
+
+    def _tpige(self, row: Row, picture: bytes | None) -> Dialogue[Row]:
+        prompt, target, seed = str(row["prompt"]), self._target(row), int(row["seed"])
+        language = self.settings.language
         temporal = yield from self._ask(
-            "polisher",
+            "face_aware",
             prompt,
             target,
             seed,
-            check=rules.check_polished,
-            fallback=rules.fallback_polished,
+            check=lambda text, done: rules.check_face_aware(text, prompt, finished=done, language=language),
+            fallback=plain(prompt),
+            picture=picture,
         )
-        source = temporal.text if self.settings.spatial_source == "refined" else prompt
-        spatial = yield from self._ask(
-            "parser",
-            source,
+        looks = yield from self._ask(
+            "appearance",
+            prompt,
             target,
             seed,
-            check=partial(rules.check_spatial, trigger_words=trigger),
-            fallback=partial(rules.fallback_spatial, trigger_words=trigger),
+            check=lambda text, done: rules.check_appearance(text, target, finished=done, language=language),
+            fallback=rules.fallback_polished(prompt, target),
         )
-        return _columns(temporal, spatial)
+        spatial = rules.spatial_from(looks.text, self.settings.trigger_words)
+        return _columns((temporal, looks), temporal.text, spatial, looks.text)
+
+    def _target(self, row: Row) -> str:
+        return str(row["target"]) if self.settings.target == "gender" else "A person"
+
+    # -- the calls --------------------------------------------------------------------------------------------------
+
+    def _polished(self, text: str, target: str, seed: int) -> Dialogue[Outcome]:
+        language = self.settings.language
+        return self._ask(
+            "polisher",
+            text,
+            target,
+            seed,
+            check=lambda answer, done: rules.check_polished(answer, target, finished=done, language=language),
+            fallback=rules.fallback_polished(text, target),
+        )
+
+    def _parsed(self, text: str, target: str, seed: int) -> Dialogue[Outcome]:
+        check = partial(
+            rules.check_spatial,
+            target=target,
+            trigger_words=self.settings.trigger_words,
+            language=self.settings.language,
+        )
+        return self._ask(
+            "parser",
+            text,
+            target,
+            seed,
+            check=lambda answer, done: check(answer, finished=done),
+            fallback=rules.fallback_spatial(text, target, self.settings.trigger_words),
+        )
 
     def _ask(
         self,
-        call: rules.Call,
+        call: Call,
         text: str,
         target: str,
         seed: int,
         *,
-        check: Callable[..., rules.Checked],
-        fallback: Callable[[str, str], str],
-    ) -> Generator[Request, Answer | None, Outcome]:
-        """One call: ask, and ask again with another seed while the answer is invalid and tries are left."""
-        messages = rules.conversation(call, text, target)
+        check: Callable[[str, bool], rules.Checked],
+        fallback: str,
+        picture: bytes | None = None,
+    ) -> Generator[Question, Answer, Outcome]:
+        """One call: ask, and ask again with another seed while the answer is invalid and tries are left.
+
+        Args:
+            text: the sample's text, which the instruction is applied to.
+            check: (answer, whether it ended by itself) to what the rules make of it.
+            fallback: what stands in where no answer is valid.
+        """
+        messages = conversation(self.templates[call], text, target)
+        enforced = pattern(call, target, self.settings.language) if self.settings.constrain else None
         # Without randomness another seed gives the same answer.
         tries = 1 + (self.settings.retries if self.settings.temperature > 0 else 0)
         reasons: list[str] = []
         for attempt in range(tries):
-            answer = yield Request(messages, call_seed(seed, call, attempt))
-            assert answer is not None  # only the start of a generator is sent None
-            checked = check(answer.text, target, finished=answer.finished)
+            answer = yield Question(messages, call_seed(seed, call, attempt), picture, enforced)
+            checked = check(answer.text, answer.finished)
             log.debug("%s, try %d: mended %s, invalid %s", call, attempt + 1, checked.mended, checked.invalid)
             if not checked.invalid:
-                return Outcome(checked.text, "retried" if attempt else "ok", tuple(reasons))
+                return Outcome(call, checked.text, "retried" if attempt else "ok", tuple(reasons))
             reasons.append(f"try {attempt + 1} {', '.join(checked.invalid)}")
-        return Outcome(fallback(text, target), "fallback", (*reasons, "the input stands in"))
+        return Outcome(call, fallback, "fallback", (*reasons, "the input stands in"))
 
 
 def call_seed(seed: int, call: str, attempt: int) -> int:
     """Seed in [0, 2^63) of one try of one call, from the row's seed."""
-    digest = hashlib.blake2b(f"{seed}/{call}/{attempt}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    hashed = hashlib.blake2b(f"{seed}/{call}/{attempt}".encode(), digest_size=8).digest()
+    return int.from_bytes(hashed, "big") >> 1
 
 
-def _columns(temporal: Outcome, spatial: Outcome) -> Row:
-    statuses = {temporal.status, spatial.status}
-    notes = [
-        f"{call}: {'; '.join(outcome.reasons)}"
-        for call, outcome in (("polisher", temporal), ("parser", spatial))
-        if outcome.reasons
-    ]
+def _columns(outcomes: Sequence[Outcome], video: str, image: str, reference: str | None = None) -> Row:
+    statuses = {outcome.status for outcome in outcomes}
+    notes = [f"{outcome.call}: {'; '.join(outcome.reasons)}" for outcome in outcomes if outcome.reasons]
     return {
-        "video_prompt": temporal.text,
-        "image_prompt": spatial.text,
+        "video_prompt": video,
+        "image_prompt": image,
+        "reference_prompt": reference,
         "prompt_status": next(s for s in ("fallback", "retried", "ok") if s in statuses),
         "prompt_note": " | ".join(notes) or None,
     }
+
+
+def _judged(end: Row | Exception) -> Row | RowError:
+    """A dialogue's end as the row's result; what is no fault of the row is raised."""
+    if isinstance(end, PromptTooLongError):
+        return RowError("prompt_too_long", str(end))
+    if isinstance(end, EndpointError):
+        return RowError("endpoint_busy" if end.passing else "endpoint_refused", str(end))
+    if isinstance(end, Exception) and not isinstance(end, RowError):
+        raise end
+    return end
+
+
+def _picture(row: Row, config: Config) -> bytes:
+    """The reference picture, upright, no longer than `prompts.picture_side`, as PNG."""
+    try:
+        rgb = images.decode(images.image_bytes(row["image"], row["image_sha256"]), config.dataset.max_image_pixels)
+    except images.ImageError as error:
+        raise RowError(error.kind, str(error)) from error
+    return bytes(images.encode(images.shrunk(rgb, config.prompts.picture_side))["bytes"])
+
+
+def _leave() -> NoReturn:
+    """End this process, whose engine is gone: the rows in work are asked again by the worker that takes its place."""
+    traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
