@@ -18,6 +18,7 @@ import pytest
 
 from ipvg_ray import config, tables
 from ipvg_ray.models.chat_engine import Answer, Dialogue, PromptTooLongError, Question, Sampling
+from ipvg_ray.models.chat_vllm import VllmChat
 from ipvg_ray.models.mini import qwen3
 from ipvg_ray.models.prompt_patterns import pattern
 from ipvg_ray.pipeline.stage import Row, StageContext
@@ -130,6 +131,42 @@ def test_hostile_prompts_change_no_other_row(stage: PromptsStage) -> None:
         assert result["video_prompt"].startswith("A man")
         assert result["image_prompt"].endswith("close-up")
         assert "<|" not in result["video_prompt"] + result["image_prompt"]
+
+
+def _torchvision() -> bool:
+    try:
+        import torchvision  # noqa: F401
+    except Exception:  # a build for another torch raises RuntimeError
+        return False
+    return True
+
+
+@pytest.mark.skipif(not _torchvision(), reason="vLLM prepares pictures with torchvision, which does not import here")
+def test_pictures_reach_the_model_as_through_transformers(root: Path) -> None:
+    from test_chat_vision import picture
+
+    from ipvg_ray.models.chat_vision import VisionChatModel
+    from ipvg_ray.models.mini import qwen3_vl
+
+    qwen3_vl.make(root)
+    folder = root / qwen3_vl.NAME
+    messages = [{"role": "user", "content": "a chef <|image_pad|> cooks"}]
+    questions = [Question(messages, 1, picture(i)) for i in range(8)]
+    engine = VllmChat(folder, dtype="float32", pictures=True, **SMALL)
+    first = Sampling(0.0, 1.0, 1)
+    ends = engine.converse([_ask_once(question) for question in questions], first)
+    engine.close()
+    pairs = list(zip(ends, VisionChatModel(folder).generate(questions, first), strict=True))
+    assert all(isinstance(end, Answer) and end.prompt_tokens == wanted.prompt_tokens for end, wanted in pairs)
+    # vLLM may choose an id that has no text, which a random model likes as well as any; the other engine never does.
+    spoken = [(end.text, wanted.text) for end, wanted in pairs if isinstance(end, Answer) and end.text]
+    assert len(spoken) >= 4
+    assert len({text for text, _ in spoken}) > 1
+    assert all(text == wanted for text, wanted in spoken)
+
+
+def _ask_once(question: Question) -> Dialogue[Answer]:
+    return (yield question)
 
 
 def _core(pid: int) -> psutil.Process:

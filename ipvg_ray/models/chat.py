@@ -32,17 +32,20 @@ class ChatModel(BatchEngine):
         ChatFolderError: where the folder is not such a model.
     """
 
+    loader = "AutoModelForCausalLM"
+    """The class of transformers that reads the folder."""
+
     def __init__(
         self, folder: str | Path, *, dtype: str = "float32", device: str = "cpu", max_batch_tokens: int = 65_536
     ) -> None:
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        import transformers
 
         super().__init__()
         folder = Path(folder)
         if not (folder / "config.json").is_file():  # else transformers would take the name for one on the Hub
             raise ChatFolderError(f"{folder} holds no config.json; give the folder of a Qwen3 model")
         self.tokens = ChatTokenizer(folder)
-        loader: Any = AutoModelForCausalLM
+        loader: Any = getattr(transformers, self.loader)
         with no_bars():
             model, loaded = loader.from_pretrained(
                 folder, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
@@ -50,13 +53,13 @@ class ChatModel(BatchEngine):
         if missing := sorted(loaded["missing_keys"]):  # transformers would fill them with random numbers
             raise ChatFolderError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}; download it again")
         self.model: Any = model.to(device).eval()
-        self.context = int(self.model.config.max_position_embeddings)
+        self.context = int(self.model.config.get_text_config().max_position_embeddings)
         self.max_batch_tokens = max_batch_tokens
         self._ends = self.tokens.end_ids()
         self._pad = self._ends[0]
         # A new one: the folder's own carries the publisher's temperature, top_k and top_p, which `generate` would apply
         # to whatever a call leaves unset.
-        self.model.generation_config = GenerationConfig(eos_token_id=self._ends, pad_token_id=self._pad)
+        self.model.generation_config = transformers.GenerationConfig(eos_token_id=self._ends, pad_token_id=self._pad)
 
     def check(self, question: Question, sampling: Sampling) -> int:
         """See `BatchEngine.check`."""
@@ -76,7 +79,10 @@ class ChatModel(BatchEngine):
     def _encode(self, question: Question, sampling: Sampling) -> list[int]:
         return self.tokens.encode_within(question, sampling, self.context)
 
-    def _run(self, prompts: list[list[int]], sampler: SeededSampler, max_new_tokens: int) -> Iterator[Answer]:
+    def _run(
+        self, prompts: list[list[int]], sampler: SeededSampler, max_new_tokens: int, **seen: torch.Tensor
+    ) -> Iterator[Answer]:
+        """Answers to prompts of token ids; `seen` is what the model is given of a picture."""
         width = max(map(len, prompts))
         # Padding on the left: new tokens follow each prompt's last one directly.
         ids = torch.tensor([[self._pad] * (width - len(p)) + p for p in prompts], device=self.model.device)
@@ -88,6 +94,7 @@ class ChatModel(BatchEngine):
                 do_sample=False,
                 max_new_tokens=max_new_tokens,
                 logits_processor=[sampler],
+                **seen,
             )
         for prompt, new in zip(prompts, output[:, width:].tolist(), strict=True):
             end = next((i for i, token in enumerate(new) if token in self._ends), None)

@@ -70,12 +70,12 @@ class ChatTokenizer:
         return ids
 
     def encode_within(self, question: Question, sampling: Sampling, context: int) -> list[int]:
-        """Ids of a question without a picture that leaves room for its answer in `context` tokens.
+        """Ids of a question that leaves room for its answer in `context` tokens; a picture counts as one.
 
         Raises:
             PromptTooLongError: where it does not.
         """
-        ids = self.encode(question.messages)
+        ids = self.encode(question.messages, picture=question.picture is not None)
         limit = context - sampling.max_new_tokens
         if len(ids) > limit:
             raise PromptTooLongError(len(ids), limit, context)

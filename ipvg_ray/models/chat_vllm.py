@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import itertools
 import os
 import subprocess
@@ -10,11 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ipvg_ray.models.chat_engine import (
     Answer,
     AsyncEngine,
     ChatFolderError,
     EngineDiedError,
+    PromptTooLongError,
     Question,
     Sampling,
 )
@@ -132,7 +136,7 @@ class VllmChat(AsyncEngine):
         """See `AsyncEngine.answer`."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        prompt = self._prompt(question, sampling)
+        prompt = await self._prompt(question, sampling)
         last: Any = None
         try:
             async for output in self._engine.generate(prompt, self._parameters(question, sampling), self._next_id()):
@@ -148,12 +152,20 @@ class VllmChat(AsyncEngine):
             cached_tokens=last.num_cached_tokens or 0,
         )
 
-    def _prompt(self, question: Question, sampling: Sampling) -> Any:
+    async def _prompt(self, question: Question, sampling: Sampling) -> Any:
+        """The question as vLLM's engine takes it: token ids, and what the model is given of a picture."""
         from vllm.inputs.engine import tokens_input
 
+        ids = self.tokens.encode_within(question, sampling, self.context)
         if question.picture is None:
-            return tokens_input(self.tokens.encode_within(question, sampling, self.context))
-        raise NotImplementedError
+            return tokens_input(ids)
+        picture = Image.open(io.BytesIO(question.picture), formats=("PNG", "JPEG")).convert("RGB")
+        data = {"prompt_token_ids": ids, "multi_modal_data": {"image": picture}}
+        (prompt,) = await self._engine.renderer.render_cmpl_async([data])
+        length = len(prompt["prompt_token_ids"])  # the picture's one token is now as many as the model reads of it
+        if length > (limit := self.context - sampling.max_new_tokens):
+            raise PromptTooLongError(length, limit, self.context)
+        return prompt
 
     def _parameters(self, question: Question, sampling: Sampling) -> Any:
         from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams

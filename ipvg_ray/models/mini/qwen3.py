@@ -46,13 +46,13 @@ def make(root: Path, seed: int = 0) -> None:
     """
     folder = Path(root) / NAME
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer()
+    tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder)
     with no_bars():
         _model(tokenizer, seed).save_pretrained(folder)
 
 
-def _tokenizer() -> Any:
+def make_tokenizer(control: tuple[str, ...] = CONTROL_TOKENS, template: str = CHAT_TEMPLATE) -> Any:
     """Byte-level BPE with Qwen's normalisation and pre-tokenisation: any text can be encoded and comes back."""
     from tokenizers import AddedToken, Tokenizer, models, trainers
     from transformers import Qwen2Tokenizer
@@ -63,20 +63,20 @@ def _tokenizer() -> Any:
     bpe = Tokenizer(models.BPE())
     bpe.normalizer, bpe.pre_tokenizer, bpe.decoder = blank.normalizer, blank.pre_tokenizer, blank.decoder
     alphabet = sorted(_byte_alphabet())
-    size = VOCABULARY - len(CONTROL_TOKENS) - len(THINK_TOKENS)
+    size = VOCABULARY - len(control) - len(THINK_TOKENS)
     trainer = trainers.BpeTrainer(vocab_size=size, show_progress=False, initial_alphabet=alphabet)
     bpe.train_from_iterator(_corpus(), trainer)
-    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in CONTROL_TOKENS])
+    bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
     bpe.add_tokens([AddedToken(t, special=False, normalized=False) for t in THINK_TOKENS])
     tokenizer = family(
         tokenizer_object=bpe,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         unk_token=None,
-        extra_special_tokens=list(CONTROL_TOKENS[1:]),
+        extra_special_tokens=list(control[1:]),
         model_max_length=CONTEXT,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = template
     return tokenizer
 
 
