@@ -142,6 +142,7 @@ def test_the_real_miniatures_are_equal_twice_and_complete(tmp_path: Path) -> Non
         "faces.id_pack": settings.faces.id_pack,
         "matting.model": settings.matting.model,
         "prompts.model": settings.prompts.model,
+        "prompts.vision_model": settings.prompts.vision_model,
         "first_frame.checkpoint": settings.first_frame.checkpoint,
         "first_frame.checkpoint_config": settings.first_frame.checkpoint_config,
         "first_frame.hyperlora": settings.first_frame.hyperlora,

@@ -16,6 +16,7 @@ MODEL_FIELDS = (
     "faces.id_pack",
     "matting.model",
     "prompts.model",
+    "prompts.vision_model",
     "first_frame.checkpoint",
     "first_frame.checkpoint_config",
     "first_frame.hyperlora",

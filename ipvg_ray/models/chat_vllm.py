@@ -100,6 +100,11 @@ class VllmChat(AsyncEngine):
             chunked_prefill = False
             context = context or _own_context(folder)
             max_batched_tokens = max(max_batched_tokens or _CPU_BATCHED_TOKENS, context)
+            if tensor_parallel == 1 and "distributed_executor_backend" not in (extra or {}):
+                # The model in the engine core's own process: between two, one would wait for the other in a busy loop,
+                # on cores that the model needs. vLLM allows it on CPUs where this variable says so.
+                os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+                extra = {**(extra or {}), "distributed_executor_backend": "uni"}
         # vLLM's defaults for None differ between its versions and devices; what is None here is left to it.
         given = {
             "max_model_len": context,
