@@ -35,7 +35,14 @@ def run(tmp_path: Path) -> Path:
     keys = [("id001", "prompt1"), ("../../up", "a/b"), ("id001", "prompt2")]
     rows = [{"identity_id": i, "prompt_id": p, "sample_id": f"{i}/{p}"} for i, p in keys]
     write(run, "samples", [{**row, "prompt": f'raw "{n}",\nline'} for n, row in enumerate(rows)])
-    write(run, "prompts", [{**row, "video_prompt": f"A man {n}"} for n, row in reversed(list(enumerate(rows)))])
+    write(
+        run,
+        "prompts",
+        [
+            {**row, "video_prompt": f"A man {n}", "image_prompt": f"fcsks, {n}"}
+            for n, row in reversed(list(enumerate(rows)))
+        ],
+    )
     flat = np.full((16, 24, 3), 90, np.uint8)
     write(run, "first_frame", [{**rows[1], "first_frame": encode(flat)}], "part-1")
     write(run, "first_frame", [{**rows[0], "first_frame": {"bytes": picture(1, kind="JPEG"), "path": None}}], "part-2")
@@ -60,10 +67,18 @@ def test_the_original_layout(run: Path, tmp_path: Path) -> None:
         "data_raw.csv",
         "data_refined.csv",
         "i2v/%2E.%2F..%2Fup/a%2Fb.jpg",
+        "i2v/%2E.%2F..%2Fup/a%2Fb.txt",
         "i2v/id001/prompt1.jpg",
+        "i2v/id001/prompt1.txt",
+        "i2v/id001/prompt2.txt",
         "id001/prompt1.mp4",
+        "t2i/%2E.%2F..%2Fup/a%2Fb.txt",
+        "t2i/id001/prompt1.txt",
+        "t2i/id001/prompt2.txt",
     ]
     assert (out / "id001/prompt1.mp4").read_bytes() == b"video 0"
+    assert (out / "i2v/id001/prompt2.txt").read_text() == "A man 2"
+    assert (out / "t2i/id001/prompt2.txt").read_text() == "fcsks, 2"
     assert (out / "i2v/id001/prompt1.jpg").read_bytes() == picture(1, kind="JPEG")  # no second loss
     made = (out / "i2v/%2E.%2F..%2Fup/a%2Fb.jpg").read_bytes()
     assert made.startswith(b"\xff\xd8\xff")

@@ -138,6 +138,11 @@ def test_remarks_behind_the_answer_are_cut(remark: str) -> None:
     assert checked.mended == ("remark removed",)
 
 
+@pytest.mark.parametrize("opening", ["**Rewritten prompt:**\n---\n", "Note: done as asked.\nExplanation: below.\n"])
+def test_remarks_before_the_answer_do_not_take_it_with_them(opening: str) -> None:
+    assert _polished(opening + GOOD).text == GOOD
+
+
 def test_words_that_are_no_remark_stay() -> None:
     for text in (
         "A man reads a note: it is short. He smiles.",

@@ -2,6 +2,8 @@
 
     <out>/idNNN/promptK.mp4           the videos
     <out>/i2v/idNNN/promptK.jpg       the first frames
+    <out>/i2v/idNNN/promptK.txt       the prompts for the video
+    <out>/t2i/idNNN/promptK.txt       the prompts for the first frames, trigger words included
     <out>/data_raw.csv                image_path,prompt: the users' prompts
     <out>/data_refined.csv            image_path,prompt: the polished prompts
 
@@ -50,6 +52,7 @@ def export(run_dir: RunPath, out: Path) -> int:
     """
     tables.read_run(run_dir)
     out.mkdir(parents=True, exist_ok=True)
+    _write_prompts(run_dir, out)
     _write_frames(run_dir, out)
     _write_lists(run_dir, out)
     return _copy_videos(run_dir, out)
@@ -58,6 +61,14 @@ def export(run_dir: RunPath, out: Path) -> int:
 def stem(identity_id: str, sample_id: str) -> str:
     """`idNNN/promptK` of a sample, safe whatever its ids hold."""
     return f"{safe_name(identity_id)}/{safe_name(sample_id.removeprefix(f'{identity_id}/'))}"
+
+
+def _write_prompts(run_dir: RunPath, out: Path) -> None:
+    """A text file for each prompt that is finished, first frame or not, as VIP-200K keeps its own."""
+    for row in _rows(tables.read_table(run_dir, "prompts", ["video_prompt", "image_prompt"])):
+        for folder, column in (("i2v", "video_prompt"), ("t2i", "image_prompt")):
+            with _placed(out / folder / f"{stem(row['identity_id'], row['sample_id'])}.txt") as path:
+                path.write_text(row[column], encoding="utf-8")
 
 
 def _write_frames(run_dir: RunPath, out: Path) -> None:

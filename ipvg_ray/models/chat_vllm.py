@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import io
 import itertools
 import os
@@ -135,6 +136,8 @@ class VllmChat(AsyncEngine):
             raise
         self._end_with_us = _end_with_us()
         self._watching = asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
+        self._open = True
+        atexit.register(self.close)  # an interpreter that ends waits for its child processes, and for this one for ever
         self.context = int(self._engine.model_config.max_model_len)
 
     async def answer(self, question: Question, sampling: Sampling) -> Answer:
@@ -198,6 +201,10 @@ class VllmChat(AsyncEngine):
 
     def close(self) -> None:
         """See `ChatEngine.close`."""
+        if not self._open:
+            return
+        self._open = False
+        atexit.unregister(self.close)
         self._watching.cancel()
         self._run(self._shut_down())
         super().close()

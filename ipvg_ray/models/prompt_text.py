@@ -66,9 +66,9 @@ def mend(answer: str, target: str | None) -> tuple[str, tuple[str, ...]]:
     steps = [
         ("control characters removed", lambda t: "".join(c for c in t if is_visible(c))),
         ("thinking removed", _without_thinking),  # before lines are read as remarks: thoughts hold such lines
-        ("remark removed", _without_remark_lines),
+        ("remark removed", lambda t: _without_remark_lines(t, target)),
         ("", one_line),
-        ("remark removed", _without_remarks),
+        ("remark removed", lambda t: _without_remarks(t, target)),
         ("chat markers removed", lambda t: one_line(_MARKER.sub(" ", t))),
         ("quotation marks removed", _unquoted),
     ]
@@ -83,23 +83,28 @@ def mend(answer: str, target: str | None) -> tuple[str, tuple[str, ...]]:
     return text, tuple(mended)
 
 
-def _without_remark_lines(answer: str) -> str:
+def _without_remark_lines(answer: str, target: str | None) -> str:
     """`answer` up to the first later line that talks about it: `(Note: …)`, `I kept all details …`, `---`.
 
-    The first line that has words stays in any case; what stands before the answer is cut where the target is sought.
+    The line with the target, or the first that has words, stays in any case: what stands before it is cut later.
     """
     lines = answer.split("\n")
     first = next((i for i, line in enumerate(lines) if any(c.isalnum() for c in line)), 0)
+    if target is not None:
+        first = next((i for i, line in enumerate(lines) if _target(target, re.IGNORECASE).search(line)), first)
     for i, line in enumerate(lines[first + 1 :], first + 1):
         if _REMARK.match(line):
             return "\n".join(lines[:i])
     return answer
 
 
-def _without_remarks(text: str) -> str:
+def _without_remarks(text: str, target: str | None) -> str:
     """One line without the remarks at its end: `… smiles. Note: …`, `… smiles (explanation: …)`."""
-    text = _INLINE_REMARK.sub("", text)
-    while match := _BRACKETED_REMARK.search(text):
+    found = _target(target, re.IGNORECASE).search(text) if target is not None else None
+    answer = found.start() if found else 0
+    if match := _INLINE_REMARK.search(text, answer):
+        text = text[: match.start()]
+    while match := _BRACKETED_REMARK.search(text, answer):
         text = text[: match.start()]
     return text
 
