@@ -174,7 +174,7 @@ class EndpointConfig(Section):
     bounds the requests that one worker has under way, `tries` how often one is sent where the endpoint is busy.
     """
 
-    url: str = "http://127.0.0.1:8000/v1"
+    url: str | None = None
     api_key_env: str = "OPENAI_API_KEY"
     concurrency: int = Field(32, ge=1)
     tries: int = Field(6, ge=1)
@@ -213,6 +213,12 @@ class PromptsConfig(StageSection):
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return None if value is None else value.expanduser().absolute()
+
+    @model_validator(mode="after")
+    def _endpoint_named(self) -> PromptsConfig:
+        if self.engine == "openai" and not self.endpoint.url:
+            raise ValueError("engine openai needs endpoint.url, such as http://host:8000/v1")
+        return self
 
     @property
     def model_field(self) -> Literal["model", "vision_model"]:

@@ -171,10 +171,15 @@ def test_the_fingerprint_leaves_out_what_decides_speed_alone() -> None:
     assert settings(vllm={"kv_cache_gb": 2, "max_sequences": 3}, picture_side=64, endpoint={"tries": 1}) == plain
     assert settings(vllm={"quantization": "fp8"}) != plain
     assert settings(constrain=False) != plain
-    endpoint = _stage(engine="openai", model="some-model")
+    endpoint = _stage(engine="openai", model="some-model", endpoint={"url": "http://host/v1"})
     assert endpoint.models() == {}
     assert endpoint.fingerprint_settings()["model"] == "some-model"
     assert "OPENAI_API_KEY" not in str(endpoint.fingerprint_settings())
+
+
+def test_an_endpoint_must_be_named() -> None:
+    with pytest.raises(config.ConfigError, match=r"prompts: engine openai needs endpoint\.url"):
+        _stage(engine="openai")
 
 
 def digest_of(stage: PromptsStage) -> str:
