@@ -3,7 +3,7 @@
 Prints, for float32 and bfloat16, how many of the answers differ from those of one call with all questions at once: the
 same again, in reversed order, and each question alone. 0 is what per-request seeds aim at; what is left is rounding.
 
-usage: python benchmarks/prompt_seeds.py PROMPTS.json [--count 100] [--tokens 64]
+usage: python benchmarks/prompt_seeds.py [PROMPTS.json] [--count 100] [--tokens 64]
 PROMPTS.json: {id: {"1": text, ...}}, as TPIGE publishes its prompts.
 """
 
@@ -30,7 +30,8 @@ def ask(question: Question) -> Dialogue[Answer]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompts", type=Path)
+    shared = Path(os.environ.get("IPVG_RAY_SHARED", "../shared"))
+    parser.add_argument("prompts", type=Path, nargs="?", default=shared / "data" / "face_enhanced_prompts.json")
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=64)
     options = parser.parse_args()

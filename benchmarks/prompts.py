@@ -7,7 +7,7 @@ Each prompt is two calls (polisher, parser) of the same instructions, seeds and 
 never pass the checks, so `retries` is 0 and the second call reads the user's text with the target in front, always.
 Engine starts are left out and stated apart. (c) and (d) run in turn `--repeat` times; medians, and the ratio (d) / (c).
 
-usage: python benchmarks/prompts.py PROMPTS.json [--model mini|100m] [--count 500] [--tokens 64] [--repeat 3]
+usage: python benchmarks/prompts.py [PROMPTS.json] [--model mini|100m] [--count 500] [--tokens 64] [--repeat 3]
        [--slow 20] [--slow-batched 64] [--constrain]
 PROMPTS.json: {id: {"1": text, ...}}, as TPIGE publishes its prompts.
 """
@@ -183,7 +183,8 @@ def _put(queue: Any, function: Any, arguments: tuple[Any, ...]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("prompts", type=Path)
+    shared = Path(os.environ.get("IPVG_RAY_SHARED", "../shared"))
+    parser.add_argument("prompts", type=Path, nargs="?", default=shared / "data" / "face_enhanced_prompts.json")
     parser.add_argument("--model", choices=["mini", "100m"], default="mini")
     parser.add_argument("--count", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=64)
