@@ -7,6 +7,8 @@ from pathlib import Path
 
 # Miniature networks are slower on several threads than on one, and much slower beside other tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As the engine sets it, but before any test imports Ray: Ray reads it once.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
 # Ray's workers import the stages of engine_driver.py from here.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
