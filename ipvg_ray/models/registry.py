@@ -226,8 +226,8 @@ MODELS: tuple[Model, ...] = (
         approx_bytes=9_450_000_000,
         licence=APACHE,
         needs=("config.json", "tokenizer_config.json", "*.safetensors"),
-        verified="repository name as the makers' list of the family's models gives it",
-        unverified="size (calculated: 8-bit layers, 16-bit embeddings), the repository's own page",
+        verified="that the makers name the quantised models of this family so (Qwen3-30B-A3B-FP8)",
+        unverified="the repository itself, its files, size (calculated: 8-bit layers, 16-bit embeddings)",
     ),
     Model(
         name="Qwen3-8B-AWQ",
@@ -237,8 +237,8 @@ MODELS: tuple[Model, ...] = (
         approx_bytes=6_100_000_000,
         licence=APACHE,
         needs=("config.json", "tokenizer_config.json", "*.safetensors"),
-        verified="repository name as the makers' list of the family's models gives it",
-        unverified="size (calculated: 4-bit layers, 16-bit embeddings), the repository's own page",
+        verified="that the makers name the quantised models of this family so (Qwen3-32B-AWQ)",
+        unverified="the repository itself, its files, size (calculated: 4-bit layers, 16-bit embeddings)",
     ),
     Model(
         name="Qwen3-VL-8B-Instruct",
