@@ -28,7 +28,10 @@ def row(key: str) -> dict[str, Any]:
 
 @example(["write", "compact", "write", "crash while merging", "write"], 82)  # merged parts that are merged again
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(st.sampled_from(["write", "compact", "crash while merging", "read"]), max_size=14), st.integers(0, 999))
+@given(
+    st.lists(st.sampled_from(["write", "crash while writing", "compact", "crash while merging", "read"]), max_size=14),
+    st.integers(0, 999),
+)
 def test_any_interleaving_gives_each_key_once(operations: list[str], seed: int) -> None:
     luck = random.Random(seed)
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -64,6 +67,10 @@ def test_any_interleaving_gives_each_key_once(operations: list[str], seed: int) 
                 table = pa.Table.from_pylist([row(key) for key in keys], schema=tables.stored_schema(First.table()))
                 store.publish_table("first", keys[0], table, "print")
                 written += keys
+            elif operation == "crash while writing":
+                store = Store(run_dir, new_session())
+                store.begin()
+                store.temporary().write_bytes(b"PAR1" + luck.randbytes(20))  # half a part, under no name of its own
             elif operation == "compact":
                 patch.setattr(Path, "unlink", reading)
                 compact(run_dir)
