@@ -12,7 +12,7 @@ from engine_driver import STAGES, Third, freeze_fake, request
 
 from ipvg_ray import tables
 from ipvg_ray.pipeline import run as engine
-from ipvg_ray.pipeline.execute import ResourceError
+from ipvg_ray.pipeline.space import ResourceError
 from ipvg_ray.pipeline.worker import WorkerStartError
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("ray")
 
-from ipvg_ray.pipeline.execute import _pack
+from ipvg_ray.pipeline.space import _pack
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,6 @@ from ipvg_ray.pipeline.worker import Worker, WorkerSpec, WorkerStartError
 from ipvg_ray.storage import StorageError
 
 READ_CPUS = 0.5
-_HELPER_CPUS = 1.0
-"""What Ray Data's own tasks, which cut streams into batches, want free on one node; it cannot be lowered."""
 _POLL_SECONDS = 0.5
 _START_TRIES = 4
 """Workers of a stage that may fail to start one after another before the run ends."""
@@ -47,10 +45,6 @@ _BATCHES_AHEAD = 4
 """Batches that may wait in front of a stage for each that its pool can have in work."""
 _PATIENCE = 4.0
 """How often its slowest stage's time limit must pass without anything moving before an execution is given up."""
-
-
-class ResourceError(UserError):
-    """The machine cannot hold a stage's smallest pool."""
 
 
 class LossError(UserError):
@@ -168,79 +162,6 @@ def connect() -> None:
         ray.init(**quiet)
     else:
         ray.init(address="local", include_dashboard=False, **quiet)
-
-
-def phases(steps: Sequence[Step], in_turn: bool, say: Callable[[str], None]) -> list[list[Step]]:
-    """The steps in groups whose smallest pools fit this machine together, each to be one streaming execution.
-
-    Where all fit, that is one group. Ray Data would wait for ever on pools that do not: so a machine with one GPU runs
-    stage after stage through the checkpoints. A cluster that others started may grow, so there all stages run at once
-    unless `in_turn`.
-
-    Args:
-        say: told where stages run in turn, or wait for nodes.
-
-    Raises:
-        ResourceError: where a stage does not even fit alone; names what it asks for and what is there.
-    """
-    there = ray.cluster_resources()
-    cards = [node["Resources"].get("GPU", 0) for node in ray.nodes() if node["Alive"]]
-    if os.environ.get("RAY_ADDRESS") and not in_turn:
-        if lacking := _lacking(steps, there, cards):
-            say(f"waiting for nodes: the smallest pools want {lacking} now; if no nodes will come, use --in-turn")
-        return [list(steps)]
-    groups: list[list[Step]] = [[]]
-    for step in steps:
-        if lacking := _lacking([step], there, cards):
-            raise ResourceError(f"{step.name} asks for {lacking}; lower {step.name}.pool, or use a larger machine")
-        if _lacking([*groups[-1], step], there, cards):
-            groups.append([])
-        groups[-1].append(step)
-    if len(groups) > 1:
-        order = " | ".join(", ".join(step.name for step in group) for group in groups)
-        say(f"this machine cannot hold all stages at once; one group after another: {order}")
-    return groups
-
-
-def _lacking(steps: Sequence[Step], there: dict[str, float], cards: Sequence[float]) -> str:
-    """What these steps' smallest pools, and Ray Data's own tasks, want beyond what is there; empty where they fit."""
-    pools = [step.stage.resources() for step in steps]
-    wanted = {"CPU": _HELPER_CPUS + sum(p.cpus * p.min_workers for p in pools)}
-    wanted["memory"] = sum(p.memory_gb * 2**30 * p.min_workers for p in pools)
-    wanted["GPU"] = sum(p.gpus * p.min_workers for p in pools)
-    short = [
-        f"{need / 2**30:.0f} GiB of memory, and there are {there.get(kind, 0) / 2**30:.0f}"
-        if kind == "memory"
-        else f"{need:g} {kind}s, and there are {there.get(kind, 0):g}"
-        for kind, need in wanted.items()
-        if need > there.get(kind, 0) + 1e-6
-    ]
-    if not short and not _pack([p.gpus for p in pools for _ in range(p.min_workers)], cards):
-        short.append(f"GPU shares that do not fit whole into {sum(cards):g} cards")
-    types = {p.accelerator_type for p in pools if p.accelerator_type}
-    short += [f"a card of type {t}, and there is none" for t in sorted(types) if not there.get(f"accelerator_type:{t}")]
-    return " and ".join(short)
-
-
-def _pack(asks: Sequence[float], nodes: Sequence[float]) -> bool:
-    """Whether shares and groups of cards fit: a share never spans two cards, a group never two nodes. First fit."""
-    free = [[1.0] * int(cards) for cards in nodes]
-    for ask in sorted(asks, reverse=True):
-        if ask <= 0:
-            continue
-        if ask >= 1:
-            node = next((n for n in free if sum(card == 1.0 for card in n) >= ask), None)
-            taken = [i for i, card in enumerate(node or []) if card == 1.0][: int(ask)]
-            share = 1.0
-        else:
-            node = next((n for n in free if any(card >= ask - 1e-9 for card in n)), None)
-            taken = [i for i, card in enumerate(node or []) if card >= ask - 1e-9][:1]
-            share = ask
-        if node is None:
-            return False
-        for i in taken:
-            node[i] -= share
-    return True
 
 
 def make_desk() -> Any:

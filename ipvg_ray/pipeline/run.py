@@ -121,10 +121,10 @@ def _execute_once(
     this: Opened, request: Request, on_events: Callable[[Sequence[Any]], None], say: Callable[[str], None]
 ) -> None:
     """Do what is missing, in as many executions as the machine needs."""
-    from ipvg_ray.pipeline import execute
+    from ipvg_ray.pipeline import execute, space
 
     first = next((i for i, step in enumerate(this.steps) if len(this.found.entry[step.name])), len(this.steps))
-    for number, group in enumerate(execute.phases(this.steps[first:], request.in_turn, say)):
+    for number, group in enumerate(space.phases(this.steps[first:], request.in_turn, say)):
         if this.stopping:
             return
         names = {step.name for step in group}
