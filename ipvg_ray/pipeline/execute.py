@@ -1,4 +1,4 @@
-"""The one file that knows Ray Data: a plan becomes one streaming execution, with an actor pool per stage."""
+"""A plan becomes one streaming execution on Ray Data, with an actor pool per stage."""
 
 from __future__ import annotations
 
