@@ -107,7 +107,7 @@ from ipvg_ray.pipeline.deaths import LastWords
 words = LastWords(sys.argv[1])
 def rows(seconds, limit):
     with words.time_limit(limit): time.sleep(seconds)
-threads = [threading.Thread(target=rows, args=pair) for pair in ((0.1, 5), (0.6, 5), (0.2, 5), (%s, 1.0))]
+threads = [threading.Thread(target=rows, args=pair) for pair in ((0.1, 9), (0.6, 9), (0.2, 5), (%s, 4.0))]
 for t in threads: t.start()
 for t in threads: t.join()
 """

@@ -107,13 +107,13 @@ def test_a_conditional_write_has_one_winner(root: S3Path) -> None:
 
 
 def test_a_lease_is_renewed_and_keeps_others_out(root: S3Path) -> None:
-    held = lock(root, ttl=1.2)
+    held = lock(root, ttl=4.0)
     assert str(os.getpid()) in str(holder(root))
     with pytest.raises(RunLockedError, match=f"in use by process {os.getpid()}"):
-        lock(root, ttl=1.2)
+        lock(root, ttl=4.0)
     held.close()
     assert holder(root) is None
-    lock(root, ttl=1.2).close()
+    lock(root, ttl=4.0).close()
 
 
 def test_a_lease_of_a_dead_process_is_taken_over_at_once(root: S3Path) -> None:
