@@ -218,6 +218,16 @@ def test_a_torn_part_that_later_stages_were_made_from_is_named(tmp_path: Path) -
         drive(request(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("table", ["identities", "samples"])
+def test_a_torn_part_of_the_identity_set_is_refused_and_kept(tmp_path: Path, table: str) -> None:
+    drive(request(tmp_path / "run"))
+    torn = tables.parts(tmp_path / "run", table)[0]
+    torn.write_bytes(b"PAR1 torn")
+    with pytest.raises(InconsistentRunError, match="start a new run directory"):
+        drive(request(tmp_path / "run"))
+    assert torn.exists()
+
+
 def test_a_part_that_only_repeats_others_is_removed_at_the_start(tmp_path: Path) -> None:
     this = drive(request(tmp_path / "run"))
     part = tables.parts(tmp_path / "run", "third")[0]

@@ -160,7 +160,9 @@ def _read_keys(file: RunPath, key: str, fingerprint: str | None) -> pa.Array:
                     f"use --redo-from {file.parent.name}, or --fork into a new directory"
                 )
             return opened.read([key]).column(0).combine_chunks().cast(pa.string())
-    except (pa.ArrowInvalid, pa.ArrowKeyError) as error:
+    except (TornPartError, pa.ArrowInvalid, pa.ArrowKeyError) as error:
+        if file.parent.name in tables.INPUT_TABLES:  # what it held cannot be made again
+            raise InconsistentRunError(f"{file} cannot be read ({error}); start a new run directory") from error
         raise TornPartError(file, error) from error
 
 
