@@ -11,6 +11,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 from identity_sets import picture, vip
+from s3_server import s3_server
 
 from ipvg_ray import tables
 from ipvg_ray.config import DatasetConfig
@@ -25,24 +26,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[pafs.S3FileSystem]:
-    moto = pytest.importorskip("moto.server")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    places._remote.cache_clear()
-    endpoint = f"{host}:{port}"  # the constructor, unlike from_uri, does not look at AWS_ENDPOINT_URL
-    store = pafs.S3FileSystem(allow_bucket_creation=True, endpoint_override=endpoint, scheme="http", region="us-east-1")
-    store.create_dir("faces")
-    yield store
-    server.stop()
+    with s3_server(monkeypatch, "faces") as endpoint:
+        places._remote.cache_clear()
+        # The constructor, unlike from_uri, does not look at AWS_ENDPOINT_URL.
+        address = endpoint.removeprefix("http://")
+        yield pafs.S3FileSystem(
+            allow_bucket_creation=True, endpoint_override=address, scheme="http", region="us-east-1"
+        )
     places._remote.cache_clear()
 
 
