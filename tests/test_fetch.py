@@ -13,7 +13,7 @@ from file_server import DATA, Server, archive, quiet, serving
 
 from ipvg_ray.models import download as dl
 from ipvg_ray.models import fetch, files, registry
-from ipvg_ray.models.registry import APACHE, HYPERLORA, HubSource, Licence, Model, UrlSource
+from ipvg_ray.models.registry.rows import APACHE, HYPERLORA, HubSource, Licence, Model, UrlSource
 
 
 @pytest.fixture

@@ -1,0 +1,77 @@
+"""Models of the first frame: SDXL, HyperLoRA and its face encoders."""
+
+from __future__ import annotations
+
+from ipvg_ray.models.registry.rows import CLIP, HYPERLORA, OPENRAIL, HubSource, Model
+
+_SDXL_CONFIGS = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "text_encoder_2/config.json",
+    "unet/config.json",
+    "vae/config.json",
+)
+_HYPERLORA_FILES = (
+    "hyper_lora_modules.json",
+    "hyper_lora_modules.safetensors",
+    "id_projector.safetensors",
+    "resampler.safetensors",
+)
+
+MODELS: tuple[Model, ...] = (
+    Model(
+        name="RealVisXL_V4.0.safetensors",
+        used_by=("first_frame.checkpoint",),
+        purpose="the SDXL checkpoint that draws the first frame: one file, VAE included",
+        source=HubSource(
+            "SG161222/RealVisXL_V4.0", ("RealVisXL_V4.0.safetensors",), subpath="RealVisXL_V4.0.safetensors"
+        ),
+        approx_bytes=6_940_000_000,
+        licence=OPENRAIL,
+        needs=(),
+        verified="repository, file name, size and licence tag as its page lists them",
+    ),
+    Model(
+        name="stable-diffusion-xl-base-1.0",
+        used_by=("first_frame.checkpoint_config",),
+        purpose="SDXL's configurations and its two tokenizers, without which a single file cannot be loaded offline",
+        source=HubSource(
+            "stabilityai/stable-diffusion-xl-base-1.0",
+            (*_SDXL_CONFIGS, "tokenizer/*", "tokenizer_2/*", "LICENSE.md"),
+        ),
+        approx_bytes=3_200_000,
+        licence=OPENRAIL,
+        needs=(*_SDXL_CONFIGS, "tokenizer/vocab.json", "tokenizer_2/vocab.json"),
+        verified="repository, folders, tokenizer files and licence tag as its page lists them",
+    ),
+    Model(
+        name="sdxl_hyper_id_lora_v1_fidelity",
+        used_by=("first_frame.hyperlora",),
+        purpose="HyperLoRA: makes the LoRA weights of one identity from its face",
+        source=HubSource(
+            "bytedance-research/HyperLoRA",
+            ("sdxl_hyper_id_lora_v1_fidelity/*",),
+            subpath="sdxl_hyper_id_lora_v1_fidelity",
+        ),
+        approx_bytes=3_140_000_000,
+        licence=HYPERLORA,
+        needs=_HYPERLORA_FILES,
+        verified="repository and file names as several projects download them; folders, total size of both variants "
+        "(6.28 GB) and licence tag as a mirror's page lists them",
+        unverified="the original repository's own page",
+    ),
+    Model(
+        name="clip-vit-large-patch14",
+        used_by=("first_frame.clip_vision",),
+        purpose="CLIP ViT-L/14: face features for HyperLoRA; only the vision half of the file is loaded",
+        source=HubSource(
+            "openai/clip-vit-large-patch14", ("config.json", "preprocessor_config.json", "model.safetensors")
+        ),
+        approx_bytes=1_710_000_000,
+        licence=CLIP,
+        needs=("config.json", "preprocessor_config.json", "model.safetensors"),
+        verified="repository and file names as several projects download them; size as a copy's page lists it",
+        unverified="a licence on the weights' own page: the card names none, the code's repository says MIT",
+    ),
+)

@@ -1,0 +1,42 @@
+"""Video models."""
+
+from __future__ import annotations
+
+from ipvg_ray.models.registry.rows import APACHE, HubSource, Model
+
+_WAN_PARTS = ("model_index.json", "scheduler/*", "text_encoder/*", "tokenizer/*", "transformer/*", "vae/*", "LICENSE*")
+_WAN_NEEDS = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/*.safetensors",
+    "tokenizer/tokenizer_config.json",
+    "transformer/*.safetensors",
+    "vae/*.safetensors",
+)
+
+MODELS: tuple[Model, ...] = (
+    Model(
+        name="Wan2.1-VACE-14B-diffusers",
+        used_by=("video.model",),
+        purpose="first frame, mask and prompt to video",
+        source=HubSource("Wan-AI/Wan2.1-VACE-14B-diffusers", _WAN_PARTS),
+        approx_bytes=81_200_000_000,
+        licence=APACHE,
+        needs=_WAN_NEEDS,
+        verified="repository as the diffusers documentation names it; size as a mirror's page lists it (the "
+        "transformer is stored in float32)",
+        unverified="the original repository's own page",
+    ),
+    Model(
+        name="Wan2.1-VACE-1.3B-diffusers",
+        used_by=(),
+        purpose="the small VACE, for `--set video.model=Wan2.1-VACE-1.3B-diffusers` and the paper's ablation",
+        source=HubSource("Wan-AI/Wan2.1-VACE-1.3B-diffusers", _WAN_PARTS),
+        approx_bytes=19_040_000_000,
+        licence=APACHE,
+        needs=_WAN_NEEDS,
+        verified="repository as the diffusers documentation names it; file names and size as a project that pins them "
+        "lists them",
+        unverified="the original repository's own page",
+    ),
+)
