@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,12 +18,12 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.data.exceptions import ExecutionTimeoutError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.deaths import LastWords, keep_traces, oom_kills, trace_folder
+from ipvg_ray.pipeline.desk import ledger_at, listening
 from ipvg_ray.pipeline.lead import bound_lead
-from ipvg_ray.pipeline.ledger import Event, TryLedger, Who
+from ipvg_ray.pipeline.ledger import Event, Who
 from ipvg_ray.pipeline.plan import Step
 from ipvg_ray.pipeline.stage import Resources
 from ipvg_ray.pipeline.store import Store
@@ -34,7 +32,6 @@ from ipvg_ray.pipeline.worker import Worker, WorkerSpec, WorkerStartError
 from ipvg_ray.storage import StorageError
 
 READ_CPUS = 0.5
-_POLL_SECONDS = 0.5
 _START_TRIES = 4
 """Workers of a stage that may fail to start one after another before the run ends."""
 _WORDS = 10
@@ -62,52 +59,6 @@ _LOSSES = (
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.RaySystemError,
 )
-
-
-@ray.remote(num_cpus=0)
-class _Desk(TryLedger):
-    """The ledger as an actor on the driver's node; it also keeps what it hears until the driver asks for it."""
-
-    def __init__(self) -> None:
-        super().__init__(_node_lost)
-        self.events: list[Event] = []
-
-    def begin(self, event: Event, who: Who) -> list[Who]:
-        self.events.append(event)
-        return super().begin(event, who)
-
-    def end(self, event: Event, closed: bool) -> None:
-        self.events.append(event)
-        super().end(event, closed)
-
-    def take(self) -> list[Event]:
-        events, self.events = self.events, []
-        return events
-
-
-def _node_lost(node: str) -> bool:
-    return not any(n["NodeID"] == node and n["Alive"] for n in ray.nodes())
-
-
-class _AtDesk:
-    """The desk as workers on any node call it; see `ipvg_ray.pipeline.ledger.Ledger`."""
-
-    def __init__(self, desk: Any) -> None:
-        self.desk = desk
-
-    def begin_setup(self, stage: str, who: Who) -> tuple[list[Who], int]:
-        found: tuple[list[Who], int] = ray.get(self.desk.begin_setup.remote(stage, who))
-        return found
-
-    def begin(self, event: Event, who: Who) -> list[Who]:
-        found: list[Who] = ray.get(self.desk.begin.remote(event, who))
-        return found
-
-    def end_setup(self, stage: str, who: Who) -> None:
-        self.desk.end_setup.remote(stage, who)
-
-    def end(self, event: Event, closed: bool) -> None:
-        self.desk.end.remote(event, closed)
 
 
 class _Tickets(Datasource):
@@ -164,12 +115,6 @@ def connect() -> None:
         ray.init(address="local", include_dashboard=False, **quiet)
 
 
-def make_desk() -> Any:
-    """The desk that workers report to, for one run; it dies with the driver."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return _Desk.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-
-
 def execute(
     steps: Sequence[Step],
     specs: dict[str, WorkerSpec],
@@ -183,7 +128,7 @@ def execute(
         specs: per stage, how its workers are made.
         tickets: per stage, the rows that enter at it; stages without any may be left out.
         on_events: called about twice a second, in a thread of its own, with what the workers told.
-        desk: of `make_desk`.
+        desk: of `ipvg_ray.pipeline.desk.make_desk`.
 
     Raises:
         WorkerStartError: where a stage's workers cannot start.
@@ -200,7 +145,7 @@ def execute(
     dataset = _dataset(steps, specs, tickets, desk)
     if dataset is None:
         return
-    with _polling(desk, on_events):
+    with listening(desk, specs[steps[0].name].store, on_events):
         try:
             for _ in dataset.iter_internal_ref_bundles():
                 pass
@@ -329,35 +274,10 @@ class _StageActor:
         keep_traces(spec.store.session_dir)
         last_words = LastWords(who.trace) if spec.store.is_open() else None
 
-        self.worker = Worker(spec, "cuda" if asks.gpus else "cpu", _AtDesk(desk), who, last_words)
+        self.worker = Worker(spec, "cuda" if asks.gpus else "cpu", ledger_at(desk, spec.store), who, last_words)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return self.worker(batch)
-
-
-@contextlib.contextmanager
-def _polling(desk: Any, on_events: Callable[[Sequence[Event]], None]) -> Iterator[None]:
-    stop = threading.Event()
-
-    def poll() -> None:
-        while not stop.wait(_POLL_SECONDS):
-            on_events(_take(desk))
-
-    thread = threading.Thread(target=poll, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(timeout=10)
-        on_events(_take(desk))
-
-
-def _take(desk: Any) -> list[Event]:
-    try:
-        return list(ray.get(desk.take.remote(), timeout=10))
-    except ray.exceptions.RayError:
-        return []  # the counts on the screen lag; the run itself does not depend on them
 
 
 def _explained(error: BaseException) -> BaseException:

@@ -122,6 +122,7 @@ def _execute_once(
 ) -> None:
     """Do what is missing, in as many executions as the machine needs."""
     from ipvg_ray.pipeline import execute, space
+    from ipvg_ray.pipeline.desk import make_desk
 
     first = next((i for i, step in enumerate(this.steps) if len(this.found.entry[step.name])), len(this.steps))
     for number, group in enumerate(space.phases(this.steps[first:], request.in_turn, say)):
@@ -135,7 +136,7 @@ def _execute_once(
             if step.name in names and len(found.entry[step.name])
         }
         # A ledger for each: what broke off before says nothing of the rows that were in work then.
-        execute.execute(group, specs(this, request), tickets, on_events, execute.make_desk())
+        execute.execute(group, specs(this, request), tickets, on_events, make_desk())
 
 
 def _go_on_after_losses(
