@@ -12,9 +12,10 @@ BACKGROUNDS = ("plain", "gradient", "noise", "stripes", "tiles", "leaves")
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture, uint8 RGB (H, W, 3), with its alpha, float32 (H, W), and the box of its face."""
+    """A picture and the person's own colours, uint8 RGB (H, W, 3), alpha, float32 (H, W), and the box of the face."""
 
     rgb: np.ndarray
+    colours: np.ndarray
     alpha: np.ndarray
     face_box: tuple[float, float, float, float]
 
@@ -38,7 +39,8 @@ def draw(seed: int, background: str, side: int = 384) -> Drawing:
     noise = rng.normal(0, 2, mixed.shape)
     rgb = np.clip(np.round(mixed + noise), 0, 255).astype(np.uint8)
     centre = side / 2
-    return Drawing(rgb, alpha, (centre - side * 0.1, side * 0.22, centre + side * 0.1, side * 0.48))
+    colours = np.clip(np.round(person + noise), 0, 255).astype(np.uint8)
+    return Drawing(rgb, colours, alpha, (centre - side * 0.1, side * 0.22, centre + side * 0.1, side * 0.48))
 
 
 def _outline(rng: np.random.Generator, side: int) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -108,13 +107,13 @@ def as_mmseg(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def timm() -> Iterator[ModuleType]:
+def timm() -> ModuleType:
     """timm, which is no dependency: it needs torchvision, whose usual build refuses to be imported beside CPU torch."""
     try:
         import timm
     except Exception as error:  # a broken torchvision raises RuntimeError
         pytest.skip(f"timm cannot be imported: {error}")
-    yield timm
+    return timm
 
 
 @pytest.fixture(scope="module")
@@ -272,8 +271,10 @@ class TestLoad:
 
     @pytest.mark.parametrize(
         ("classes", "mmseg", "aligned"),
-        [(19, False, False), (20, False, False), (59, False, False), (150, False, True), (171, False, True)]
-        + [(150, True, False), (21, True, False)],
+        [
+            *[(19, False, False), (20, False, False), (59, False, False), (150, False, True), (171, False, True)],
+            *[(150, True, False), (21, True, False)],
+        ],
     )
     def test_align_corners_of_each_family(self, classes, mmseg, aligned):
         """As the original's configuration files say, whose default is True, and MMSegmentation's code."""

@@ -4,7 +4,7 @@ Three layouts are known, told apart by their keys:
 
 - HRNet-Semantic-Segmentation with the plain head (`hrnet_lip_5583_torch04.pth`), keys as in `hrnet`;
 - the same with the OCR head (`hrnet_ocr_lip_5648_torch04.pth`);
-- FCN-HRNet of MMSegmentation (`fcn_hr48_512x512_40k_voc12aug_….pth`), body below `backbone.`, head below `decode_head.`.
+- FCN-HRNet of MMSegmentation (`fcn_hr48_512x512_40k_voc12aug_….pth`): body in `backbone.`, head in `decode_head.`.
 """
 
 from __future__ import annotations
@@ -117,17 +117,20 @@ def read_state(path: Path) -> dict[str, Tensor]:
         HRNetError: where the file cannot be read.
     """
     try:
-        if path.suffix == ".safetensors":
-            tree = load_file(path)
-        else:
-            tree = torch.load(path, map_location="cpu", weights_only=True)
+        tree: object = (
+            load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except FileNotFoundError:
         raise HRNetError(f"there is no HRNet checkpoint {path}") from None
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
         raise HRNetError(f"{path} cannot be read as a checkpoint; fetch it again: {error}") from error
-    tree = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
+    entries = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
     tensors = {
-        re.sub(r"^(module\.|model\.)+", "", str(key)): value for key, value in tree.items() if isinstance(value, Tensor)
+        re.sub(r"^(module\.|model\.)+", "", str(key)): value
+        for key, value in (entries.items() if isinstance(entries, dict) else ())
+        if isinstance(value, Tensor)
     }
     return {key: value for key, value in tensors.items() if not key.startswith("loss.")}
 

@@ -182,7 +182,7 @@ def _pass(rgb: np.ndarray, small: np.ndarray, mask: np.ndarray, radius: float) -
 
 
 def _coefficients(guide: np.ndarray, mask: np.ndarray, radius: int) -> tuple[np.ndarray, np.ndarray]:
-    """Slopes (H, W, 3) and offset (H, W) of the mask as a linear function of colour, mean of all windows over a pixel."""
+    """Slopes (H, W, 3) and offset (H, W) of the mask as a linear function of colour, mean of all windows at a pixel."""
     mean, mask_mean = _box(guide, radius), _box(mask, radius)
     shared = _box(guide * mask[..., None], radius) - mean * mask_mean[..., None]
     slopes = _solved(guide, mean, shared, radius)

@@ -8,6 +8,7 @@ Paddle pads convolutions of stride 2 only after the last pixel, where PyTorch's 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -130,7 +131,7 @@ class Details(nn.Module):
         self.res_list = nn.ModuleList(
             [Residual(channels, widths[0]), Residual(widths[1], widths[1]), Residual(widths[2], widths[2])]
         )
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(widths, widths[1:], strict=False))
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairwise(widths))
         self.gates = nn.ModuleList(Gate(width) for width in widths[1:])
         self.detail_conv = nn.Conv2d(widths[-1], 1, 1, bias=False)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reference:
-    """A decoded row: uint8 RGB (H, W, 3), landmarks (106, 2), the face's box, and the network's input where one runs."""
+    """A decoded row: uint8 RGB (H, W, 3), landmarks (106, 2), the face's box, the network's input where one runs."""
 
     rgb: np.ndarray
     landmarks: np.ndarray
@@ -111,9 +111,11 @@ class MattingStage(Stage):
         import torch
 
         of_size: dict[tuple[int, ...], list[int]] = {}
-        inputs = {i: item.prepared for i, item in enumerate(references) if isinstance(item, Reference)}
-        for i, prepared in inputs.items():
-            of_size.setdefault(tuple(prepared.shape), []).append(i)
+        inputs: dict[int, Tensor] = {}
+        for i, item in enumerate(references):
+            if isinstance(item, Reference) and item.prepared is not None:
+                inputs[i] = item.prepared
+                of_size.setdefault(tuple(item.prepared.shape), []).append(i)
         for together in of_size.values():
             found = self._network.run(torch.stack([inputs[i] for i in together]))
             for i, alpha in zip(together, found, strict=True):
