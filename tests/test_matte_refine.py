@@ -64,6 +64,19 @@ class TestQuality:
         assert matte[10:40, 10:40].max() < 0.01
         assert matte[300:320, 180:200].min() > 0.99
 
+    def test_what_colours_pull_in_is_dropped(self):
+        """A blob of the person's colour within the mask's rim, but beside the person."""
+        person = draw(4, "plain")
+        rgb, coarse = person.rgb.copy(), person.coarse(7.0)
+        blob = np.zeros(coarse.shape, bool)
+        blob[300:316, 40:56] = True
+        assert not (person.alpha[blob] > 0).any()
+        rgb[blob] = rgb[360, 190]
+        coarse[blob] = 0.55
+        matte = matte_refine.refine(rgb, coarse, person.face_box)
+        assert matte[blob].max() < 0.5
+        assert error(matte, person.alpha) <= 0.5 * error(person.coarse(7.0), person.alpha)
+
     @pytest.mark.parametrize("shape", [(1, 1), (3, 200), (40, 7)])
     @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
     def test_strange_shapes(self, shape, value):

@@ -27,6 +27,7 @@ _WINDOW_PIXELS = 8  # half edge of a window at the size that its pass is compute
 _EPSILON = 1e-4  # variance of a colour channel, 0 to 1, below which a window counts as flat
 _CONTRAST = 1.15  # per pass; 1.0 would leave the rim as wide as it came
 _CERTAIN = 0.02  # a mask this near to 0 or 1 for a whole window around is taken at its word
+_STRAND = 2.5  # half the thickness, pixels of the working size, up to which what is detached may be hair
 _REAL_GAP = 0.02  # of the person's area; larger holes are gaps, such as between arm and body
 
 
@@ -49,8 +50,8 @@ def refine(rgb: np.ndarray, rough: np.ndarray, face_box: Sequence[float]) -> np.
     """
     height, width = work_size(*rgb.shape[:2])
     small = cv2.resize(rgb, (width, height), interpolation=cv2.INTER_AREA)
-    rough = _clean(_sized(rough, height, width), _scaled(face_box, rgb.shape, (height, width)))
-    return _guided(rgb, small, rough)
+    box = _scaled(face_box, rgb.shape, (height, width))
+    return _without_islands(_guided(rgb, small, _clean(_sized(rough, height, width), box)), box)
 
 
 def one_person(alpha: np.ndarray, face_box: Sequence[float]) -> np.ndarray:
@@ -88,13 +89,8 @@ def keep_person(mask: np.ndarray, face_box: Sequence[float]) -> np.ndarray:
     solid = mask > 0.5
     if not solid.any():
         return mask
-    _, nearest = cv2.distanceTransformWithLabels(
-        (~solid).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_CCOMP
-    )
-    face = _inside(solid, face_box)
-    chosen = face if (solid & face).any() else np.ones_like(solid)
-    kept = np.bincount(nearest[solid & chosen]).argmax()
-    return np.where(nearest == kept, mask, np.float32(0))
+    nearest = _nearest_region(solid)
+    return np.where(nearest == _person(nearest, solid, face_box), mask, np.float32(0))
 
 
 def fill_holes(mask: np.ndarray, face_box: Sequence[float]) -> np.ndarray:
@@ -134,6 +130,39 @@ def foreground(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
         person = np.clip(person + share * (image - share * person - (1 - share) * scene), 0, 255)
     # Where the picture is all person it is right already, whatever the means say.
     return np.where(share >= 1, rgb, np.round(person).astype(np.uint8))
+
+
+def _nearest_region(solid: np.ndarray) -> np.ndarray:
+    """The number of the nearest connected region, at each pixel; some region must be."""
+    _, nearest = cv2.distanceTransformWithLabels(
+        (~solid).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_CCOMP
+    )
+    return nearest
+
+
+def _person(nearest: np.ndarray, solid: np.ndarray, face_box: Sequence[float]) -> int:
+    """The number of the region that holds most of the face, else of the largest."""
+    face = _inside(solid, face_box)
+    chosen = face if (solid & face).any() else np.ones_like(solid)
+    return int(np.bincount(nearest[solid & chosen]).argmax())
+
+
+def _without_islands(matte: np.ndarray, face_box: Sequence[float]) -> np.ndarray:
+    """Drop what colours have pulled in beside the person: regions detached from it and thicker than hair."""
+    height, width = matte.shape
+    small = _sized(matte, *work_size(height, width))
+    solid = small > 0.5
+    if not solid.any():
+        return matte
+    nearest = _nearest_region(solid)
+    depth = cv2.distanceTransform(solid.astype(np.uint8), cv2.DIST_L2, 5)
+    thickness = np.zeros(nearest.max() + 1)
+    np.maximum.at(thickness, nearest[solid], depth[solid])
+    thickness[_person(nearest, solid, face_box)] = 0
+    island = thickness[nearest] > _STRAND
+    if not island.any():
+        return matte
+    return np.where(_sized(island.astype(np.float32), height, width) > 0.5, np.float32(0), matte)
 
 
 def _clean(mask: np.ndarray, face_box: Sequence[float]) -> np.ndarray:

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ipvg_ray.errors import UserError
+
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
@@ -31,7 +33,7 @@ _TRAINING_ONLY = ("blurer.", "head.lr_branch.conv_lr.", "head.hr_branch.conv_hr.
 _STATISTICS = {"_mean": "running_mean", "_variance": "running_var"}
 
 
-class PaddleFileError(ValueError):
+class PaddleFileError(UserError, ValueError):
     """A file that is no `.pdparams` of a network known here."""
 
 

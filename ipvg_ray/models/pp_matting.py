@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ipvg_ray.errors import UserError
 from ipvg_ray.models import hrnet_load
 from ipvg_ray.models.hrnet import HRNetBody, HRNetConfig
 
 _STEM = 64
 
 
-class PPMattingError(ValueError):
+class PPMattingError(UserError, ValueError):
     """A file that is neither a PP-Matting nor a MODNet with an HRNet body."""
 
 
