@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ipvg_ray import cli
 from ipvg_ray.models import hrnet, matte_network, paddle_files, pp_matting
 
 CONFIG = hrnet.HRNetConfig(8, 1, (1, 2, 1), 1, 8)
@@ -183,3 +184,13 @@ class TestArchitecture:
         body.conv1.weight.data[:, :, 0, 0] = 1
         x = torch.arange(64.0).reshape(1, 1, 8, 8).expand(1, 3, 8, 8)
         assert body.conv1(x)[0, 0, 0].tolist() == [0, 6, 12, 18]  # columns 0, 2, 4, 6 of the first row, three channels
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "net.pdparams", paddle_names(network(pp_matting.MODNet)))
+    assert cli.main(["models", "convert-paddle", str(source), str(tmp_path / "net.safetensors")]) == 0
+    assert "tensors written" in capsys.readouterr().out
+    assert cli.main(["models", "convert-paddle", str(tmp_path / "gone.pdparams"), str(tmp_path / "x.safetensors")]) != 0
+    error = capsys.readouterr().err
+    assert "there is no file" in error
+    assert "Traceback" not in error

@@ -94,10 +94,16 @@ class MatteNetwork:
 
     @torch.inference_mode()
     def run(self, batch: Tensor) -> np.ndarray:
-        """Prepared pictures of one size, (B, 3, h, w), to alpha, float32 (B, h, w), 0 to 1."""
+        """Prepared pictures of one size, (B, 3, h, w), to alpha, float32 (B, h, w), 0 to 1.
+
+        On a CPU each goes through alone: together they are no faster there, and alone a picture's alpha is the same to
+        the bit whatever is beside it. On a GPU it is the same to 1e-5.
+        """
         device = next(self.network.parameters()).device
-        alpha: np.ndarray = self.alphas(batch.to(device)).squeeze(1).float().clamp(0, 1).cpu().numpy()
-        return alpha
+        parts = batch.split(1) if device.type == "cpu" else (batch,)
+        alpha = torch.cat([self.alphas(part.to(device)) for part in parts])
+        result: np.ndarray = alpha.squeeze(1).float().clamp(0, 1).cpu().numpy()
+        return result
 
     def full_size(self, alpha: np.ndarray, height: int, width: int) -> np.ndarray:
         """One alpha (h, w) of `run` brought to its picture's size by bilinear interpolation: float32 (H, W)."""

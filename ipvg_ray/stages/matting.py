@@ -33,7 +33,8 @@ class MattingStage(Stage):
     """Cuts the person from the reference picture by `matting.method`; `none` keeps the whole picture.
 
     While the network works on one batch, threads decode the next one and finish the one before. Pictures that the
-    network sees at equal size go through it together; a row's matte depends on the others by rounding alone.
+    network sees at equal size go through it together; a row's matte depends on the others by rounding alone, on a CPU
+    not at all.
 
     Failures: the kinds of `images.ImageError`; `bad_landmarks` where the face's landmarks span no box.
     """
