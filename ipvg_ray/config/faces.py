@@ -29,14 +29,14 @@ class FacesConfig(StageSection):
 class MattingConfig(StageSection):
     """How the person is cut out. `landmarks` is what the released IPVG-STD code does.
 
-    All but `method` is read by method hrnet alone:
+    All but `method` and `cutout` are read by method hrnet alone:
 
     - `model`: an HRNet for segmentation, or a PP-Matting or MODNet with an HRNet body; the file says which.
     - `input_size`: edge of the square, or shorter side, that the network sees; None for what its authors test with.
     - `refine`: bring a segmentation's mask to the picture's own edges.
     - `feather`: last blur of the matte, as a share of the picture's longer side.
     - `network_batch`: pictures that go through the network together at most; changes speed and memory, not results.
-    - `cutout`: also keep the id picture with transparency.
+    - `cutout`: also keep the id picture with transparency (RGBA).
     """
 
     method: Literal["hrnet", "landmarks", "none"] = "hrnet"
