@@ -173,6 +173,15 @@ class TestForeground:
         assert np.array_equal(mended[person.alpha >= 1], person.rgb[person.alpha >= 1])
 
 
+@pytest.mark.parametrize(
+    ("box", "share"), [((10, 0, 30, 40), 0.5), ((20, 5, 25, 9), 1.0), ((-9, -9, 0, 0), 0.0), ((90, 90, 95, 95), 0.0)]
+)
+def test_share_in(box: tuple[float, ...], share: float) -> None:
+    matte = np.zeros((40, 40), np.float32)
+    matte[:, 20:] = 1
+    assert matte_refine.share_in(matte, box) == share
+
+
 def test_feather() -> None:
     mask = np.zeros((41, 41), np.float32)
     mask[:, 20:] = 1

@@ -75,6 +75,7 @@ class TestStage:
         assert np.abs(cutout[..., :3] * share + 127 * (1 - share) - picture).max() <= 1.1  # two roundings
         assert result["matting_method"] == method
         assert result["person_share"] == pytest.approx(matte.mean() / 255, abs=0.003)
+        assert result["face_share"] == pytest.approx(matte[60:180, 75:180].mean() / 255, abs=0.003)
         assert {"hrnet": 0.02 < result["person_share"] < 0.98, "landmarks": matte[120, 125] == 255}.get(method, True)
         assert method != "none" or (matte == 255).all()
 

@@ -132,6 +132,13 @@ def foreground(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     return np.where(share >= 1, rgb, np.round(person).astype(np.uint8))
 
 
+def share_in(matte: np.ndarray, box: Sequence[float]) -> float:
+    """The matte's mean within a box (x0, y0, x1, y1), as far as it lies in the picture; 0 where it does not."""
+    y, x = _slices(box)
+    inside = matte[y, x]
+    return float(inside.mean(dtype=np.float64)) if inside.size else 0.0
+
+
 def _nearest_region(solid: np.ndarray) -> np.ndarray:
     """The number of the nearest connected region, at each pixel; some region must be."""
     _, nearest = cv2.distanceTransformWithLabels(
@@ -183,11 +190,16 @@ def _scaled(box: Sequence[float], shape: Sequence[int], onto: Sequence[int]) -> 
 
 def _inside(mask: np.ndarray, box: Sequence[float]) -> np.ndarray:
     """True in the box, as far as it lies in the picture."""
+    inside = np.zeros(mask.shape, bool)
+    inside[_slices(box)] = True
+    return inside
+
+
+def _slices(box: Sequence[float]) -> tuple[slice, slice]:
+    """Rows and columns that a box touches."""
     x0, y0 = (max(0, math.floor(value)) for value in box[:2])
     x1, y1 = (max(0, math.ceil(value)) for value in box[2:])
-    inside = np.zeros(mask.shape, bool)
-    inside[y0:y1, x0:x1] = True
-    return inside
+    return slice(y0, y1), slice(x0, x1)
 
 
 def _guided(rgb: np.ndarray, small: np.ndarray, rough: np.ndarray) -> np.ndarray:

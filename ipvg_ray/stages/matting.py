@@ -124,7 +124,7 @@ class MattingStage(Stage):
         return alphas
 
     def _finish(self, reference: Reference | RowError, alpha: np.ndarray | None) -> Row | RowError:
-        from ipvg_ray.models import matting
+        from ipvg_ray.models import matte_refine, matting
 
         if isinstance(reference, RowError):
             return reference
@@ -135,8 +135,6 @@ class MattingStage(Stage):
         except matting.LandmarkError as error:
             return RowError("bad_landmarks", str(error))
         if section.method == "hrnet":
-            from ipvg_ray.models import matte_refine
-
             # The polygon's rim is not the person's own: the released code blends it with grey as it is.
             person = matte_refine.foreground(person, share)
         return {
@@ -145,6 +143,7 @@ class MattingStage(Stage):
             "cutout": images.encode(matting.rgba(person, share)) if section.cutout else None,
             "matting_method": section.method,
             "person_share": float(matte.mean(dtype=np.float64)),
+            "face_share": matte_refine.share_in(matte, reference.face_box),
         }
 
     def _matte(self, reference: Reference, alpha: np.ndarray | None) -> np.ndarray:
