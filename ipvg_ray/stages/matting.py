@@ -58,6 +58,9 @@ class MattingStage(Stage):
     def setup(self, context: StageContext) -> None:
         self._network: MatteNetwork | None = None
         self._workers = context.threads + 1  # while one reads, another finishes
+        import cv2
+
+        cv2.setNumThreads(context.threads)  # or each of the stage's threads would take every core
         if self.config.matting.method == "hrnet":
             import torch
 

@@ -57,7 +57,7 @@ MODELS: tuple[Model, ...] = (
     Model(
         name="hrnet_ocr_lip_5648_torch04.pth",
         used_by=(),
-        purpose="the same with the OCR head, for `--set matting.model=hrnet_ocr_lip_5648_torch04.pth`",
+        purpose="HRNetV2-W48 human parsing with the OCR head, 56.48 mIoU where the plain one has 55.83",
         source=UrlSource(f"{_HRNET_RELEASE}/hrnet_ocr_lip_5648_torch04.pth"),
         approx_bytes=283_000_000,
         licence=LIP,
