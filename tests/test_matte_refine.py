@@ -18,7 +18,7 @@ class TestQuality:
     @pytest.mark.parametrize("background", BACKGROUNDS)
     @pytest.mark.parametrize(("side", "blur"), [(384, 4.0), (384, 7.0), (768, 9.0)])
     def test_half_of_the_coarse_error_at_most(self, background, side, blur):
-        for seed in range(3):
+        for seed in range(2):
             person = draw(seed, background, side)
             coarse = person.coarse(blur)
             matte = matte_refine.refine(person.rgb, coarse, person.face_box)

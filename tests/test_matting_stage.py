@@ -129,7 +129,7 @@ class TestStage:
         stage.process([row(f"id{i}") for i in range(4)])
         assert calls == [2, 2]
 
-    @pytest.mark.parametrize("size", [(300, 300), (1500, 1200)])
+    @pytest.mark.parametrize("size", [(300, 300), (1200, 1200)])
     def test_refinement_gives_a_matte(self, models, size, monkeypatch):
         """A drawn person, of whom the network sees what a network sees: the matte is far nearer to the truth."""
         person = draw(3, "leaves", size[0])
