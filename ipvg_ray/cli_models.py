@@ -73,3 +73,16 @@ def check(
     if not missing:
         out.print(f"all {len(named)} models of profile {settings.profile} are there")
     return EXIT_ERROR if missing else EXIT_OK
+
+
+@app.command("convert-paddle")
+def convert_paddle(
+    source: Annotated[Path, typer.Argument(help="A .pdparams file of PP-Matting or MODNet on HRNet.")],
+    target: Annotated[Path, typer.Argument(help="The .safetensors file to write, for matting.model.")],
+) -> int:
+    """Turn PaddleSeg's matting checkpoints into safetensors; needs no Paddle and runs nothing that is in the file."""
+    from ipvg_ray.models import paddle_files
+
+    count = paddle_files.convert(source.expanduser(), target.expanduser())
+    out.print(f"{count} tensors written to {target}", markup=False)
+    return EXIT_OK

@@ -77,6 +77,7 @@ def test_the_non_commercial_ones_are_marked() -> None:
         "insightface/models/buffalo_l",
         "insightface/models/antelopev2",
         "hrnet_lip_5583_torch04.pth",
+        "hrnet_ocr_lip_5648_torch04.pth",
         "sdxl_hyper_id_lora_v1_fidelity",
     }
 

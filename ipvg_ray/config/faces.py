@@ -27,8 +27,22 @@ class FacesConfig(StageSection):
 
 
 class MattingConfig(StageSection):
-    """`model` is read only by method hrnet. `landmarks` is what the released IPVG-STD code does."""
+    """How the person is cut out. `landmarks` is what the released IPVG-STD code does.
+
+    All but `method` and `cutout` are read by method hrnet alone:
+
+    - `model`: an HRNet for segmentation, or a PP-Matting or MODNet with an HRNet body; the file says which.
+    - `input_size`: edge of the square, or shorter side, that the network sees; None for what its authors test with.
+    - `refine`: bring a segmentation's mask to the picture's own edges.
+    - `feather`: last blur of the matte, as a share of the picture's longer side.
+    - `network_batch`: pictures that go through the network together at most; changes speed and memory, not results.
+    - `cutout`: also keep the id picture with transparency (RGBA).
+    """
 
     method: Literal["hrnet", "landmarks", "none"] = "hrnet"
     model: str = "hrnet_lip_5583_torch04.pth"
-    input_size: int = Field(473, ge=32)
+    input_size: int | None = Field(None, ge=32)
+    refine: bool = True
+    feather: float = Field(0.0005, ge=0, le=0.05)
+    network_batch: int = Field(8, ge=1)
+    cutout: bool = True

@@ -1,43 +1,24 @@
-"""HRNetV2 for segmentation, with the key names of HRNet-Semantic-Segmentation, so its checkpoints load as they are.
+"""HRNetV2 for segmentation, with the key names of HRNet-Semantic-Segmentation; `hrnet_load` reads its checkpoints.
 
 Sun et al., "High-Resolution Representations for Labeling Pixels and Regions" (arXiv 1904.04514); architecture and
-names as in `seg_hrnet.py` of github.com/HRNet/HRNet-Semantic-Segmentation (MIT). Several branches of decreasing
-resolution run side by side and exchange what they know ("fuse") after each group of blocks; coarse branches are brought
-to the fine ones by bilinear interpolation. timm's HRNet has the same body with nearest-neighbour interpolation, which
-gives other numbers.
+names as in `seg_hrnet.py` and `seg_hrnet_ocr.py` of github.com/HRNet/HRNet-Semantic-Segmentation (MIT). Several
+branches of decreasing resolution run side by side and exchange what they know ("fuse") after each group of blocks;
+coarse branches are brought to the fine ones by bilinear interpolation. timm's HRNet has the same body with
+nearest-neighbour interpolation, which gives other numbers.
 """
 
 from __future__ import annotations
 
 import functools
-import pickle
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, RGB, 0 to 1; all checkpoints of this family use them
-_STD = (0.229, 0.224, 0.225)
 _STEM = 64
-
-PERSON_CLASSES: dict[int, tuple[int, ...]] = {
-    2: (1,),  # background and person
-    20: tuple(range(1, 20)),  # LIP: hat, hair, face, clothes, limbs: all but background are parts of a person
-    21: (15,),  # PASCAL VOC
-}
-"""Number of a head's classes to those that are a person."""
-
-
-class HRNetError(ValueError):
-    """A file that is no HRNetV2 segmentation checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +31,9 @@ class HRNetConfig:
         blocks: residual blocks per branch and module.
         width: channels of the finest branch; each coarser one has twice as many.
         classes: of the head.
-        align_corners: of every interpolation; False for plain heads (LIP, Cityscapes, PASCAL-Context), True for OCR.
+        head: `plain`, two 1x1 convolutions; `ocr`, object-contextual representations (arXiv 1909.11065).
+        ocr_width, ocr_keys: channels of the OCR head and of its attention; the plain head reads neither.
+        align_corners: of every interpolation. What a checkpoint was trained with is told by `hrnet_load`.
     """
 
     stem_width: int = 64
@@ -59,6 +42,9 @@ class HRNetConfig:
     blocks: int = 4
     width: int = 48
     classes: int = 20
+    head: Literal["plain", "ocr"] = "plain"
+    ocr_width: int = 512
+    ocr_keys: int = 256
     align_corners: bool = False
 
     def widths(self, branches: int) -> list[int]:
@@ -66,16 +52,15 @@ class HRNetConfig:
         return [self.width << i for i in range(branches)]
 
 
-class HRNet(nn.Module):
-    """Pictures to class logits at a quarter of their size.
+class HRNetBody(nn.Module):
+    """The stem, the branches and their exchanges, as every HRNet has them.
 
-    Attributes:
-        config: what it was built from.
+    Args:
+        config: its head and classes are not read.
     """
 
     def __init__(self, config: HRNetConfig) -> None:
         super().__init__()
-        self.config = config
         align = config.align_corners
         self.conv1 = _conv(3, _STEM, stride=2)
         self.bn1 = nn.BatchNorm2d(_STEM)
@@ -93,10 +78,45 @@ class HRNet(nn.Module):
         self.stage3 = nn.Sequential(*(ExchangeModule(w3, config.blocks, align) for _ in range(m3)))
         self.transition3 = _transition(w3, w4)
         self.stage4 = nn.Sequential(*(ExchangeModule(w4, config.blocks, align) for _ in range(m4)))
-        total = sum(w4)
-        self.last_layer = nn.Sequential(
-            nn.Conv2d(total, total, 1), nn.BatchNorm2d(total), nn.ReLU(), nn.Conv2d(total, config.classes, 1)
-        )
+
+    def branches(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Pictures (B, 3, H, W) to the stem's first map at 1/2 of their size and the branches at 1/4, 1/8, 1/16, 1/32.
+
+        Sizes are rounded up; channels are 64 and the branches' widths.
+        """
+        first = F.relu(self.bn1(self.conv1(x)))
+        branches = [self.layer1(F.relu(self.bn2(self.conv2(first))))]
+        for transition, stage in (
+            (self.transition1, self.stage2),
+            (self.transition2, self.stage3),
+            (self.transition3, self.stage4),
+        ):
+            # A new branch starts from the coarsest one so far, at half its resolution.
+            last = len(branches) - 1
+            branches = stage([step(branches[min(i, last)]) for i, step in enumerate(transition)])
+        return first, branches
+
+
+class HRNet(HRNetBody):
+    """Pictures to class logits at a quarter of their size.
+
+    Attributes:
+        config: what it was built from.
+    """
+
+    def __init__(self, config: HRNetConfig) -> None:
+        super().__init__(config)
+        self.config = config
+        total = sum(config.widths(4))
+        if config.head == "plain":
+            self.last_layer = _classifier(total, config.classes)
+        else:
+            self.aux_head = _classifier(total, config.classes)
+            self.conv3x3_ocr = nn.Sequential(
+                nn.Conv2d(total, config.ocr_width, 3, padding=1), nn.BatchNorm2d(config.ocr_width), nn.ReLU()
+            )
+            self.ocr_distri_head = ObjectContext(config.ocr_width, config.ocr_keys)
+            self.cls_head = nn.Conv2d(config.ocr_width, config.classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class logits.
@@ -107,21 +127,56 @@ class HRNet(nn.Module):
         Returns:
             (B, classes, ceil(H / 4), ceil(W / 4)).
         """
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        branches = [self.layer1(x)]
-        for transition, stage in (
-            (self.transition1, self.stage2),
-            (self.transition2, self.stage3),
-            (self.transition3, self.stage4),
-        ):
-            # A new branch starts from the coarsest one so far, at half its resolution.
-            last = len(branches) - 1
-            branches = stage([step(branches[min(i, last)]) for i, step in enumerate(transition)])
-        size = branches[0].shape[-2:]
-        merged = torch.cat([_resize(branch, size, self.config.align_corners) for branch in branches], dim=1)
-        logits: Tensor = self.last_layer(merged)
+        features = self.features(x)
+        logits: Tensor
+        if self.config.head == "plain":
+            logits = self.last_layer(features)
+        else:
+            rough, pixels = self.aux_head(features), self.conv3x3_ocr(features)
+            logits = self.cls_head(self.ocr_distri_head(pixels, _regions(pixels, rough)))
         return logits
+
+    def features(self, x: Tensor) -> Tensor:
+        """All branches at the finest one's resolution, (B, sum of widths, ceil(H / 4), ceil(W / 4))."""
+        _, branches = self.branches(x)
+        size = branches[0].shape[-2:]
+        return torch.cat([_resize(branch, size, self.config.align_corners) for branch in branches], dim=1)
+
+
+class ObjectContext(nn.Module):
+    """The OCR head's middle: each pixel attends to the classes' regions and is joined with what it finds there."""
+
+    def __init__(self, width: int, keys: int) -> None:
+        super().__init__()
+        self.object_context_block = RegionAttention(width, keys)
+        # The third layer drops channels while training; it has no weights and does nothing here.
+        self.conv_bn_dropout = nn.Sequential(nn.Conv2d(2 * width, width, 1, bias=False), _bn_relu(width))
+
+    def forward(self, pixels: Tensor, regions: Tensor) -> Tensor:
+        """(B, C, H, W) and (B, C, K, 1), K regions, to (B, C, H, W)."""
+        joined: Tensor = self.conv_bn_dropout(torch.cat([self.object_context_block(pixels, regions), pixels], dim=1))
+        return joined
+
+
+class RegionAttention(nn.Module):
+    """Attention of the pixels, as queries, over the regions."""
+
+    def __init__(self, width: int, keys: int) -> None:
+        super().__init__()
+        self.f_pixel = nn.Sequential(*_pointwise(width, keys), *_pointwise(keys, keys))
+        self.f_object = nn.Sequential(*_pointwise(width, keys), *_pointwise(keys, keys))
+        self.f_down = nn.Sequential(*_pointwise(width, keys))
+        self.f_up = nn.Sequential(*_pointwise(keys, width))
+
+    def forward(self, pixels: Tensor, regions: Tensor) -> Tensor:
+        """(B, C, H, W) and (B, C, K, 1), K regions, to (B, C, H, W)."""
+        query = self.f_pixel(pixels).flatten(2).transpose(1, 2)
+        key = self.f_object(regions).flatten(2)
+        value = self.f_down(regions).flatten(2).transpose(1, 2)
+        weights = (torch.matmul(query, key) * key.shape[1] ** -0.5).softmax(dim=-1)
+        found = torch.matmul(weights, value).transpose(1, 2)
+        context: Tensor = self.f_up(found.unflatten(2, pixels.shape[-2:]))
+        return context
 
 
 class BasicBlock(nn.Module):
@@ -190,83 +245,6 @@ class ExchangeModule(nn.Module):
         return F.relu(functools.reduce(torch.add, parts))
 
 
-def load(path: Path, device: str = "cpu", *, align_corners: bool = False) -> HRNet:
-    """Read a checkpoint, in evaluation mode and float32; depth, widths and classes come from its tensors' shapes.
-
-    Args:
-        path: `.safetensors`, or a pickle of torch (read with `weights_only`, so nothing in it is run), bare or below
-            `state_dict`. The training code's prefixes `module.` and `model.` are taken off, its `loss.` entries left.
-        align_corners: see `HRNetConfig`; nothing in a file says it.
-
-    Raises:
-        HRNetError: where the file cannot be read, or lacks tensors of the plain HRNetV2; the message names them.
-    """
-    state = _bare(_read(path))
-    config = infer_config(state, path, align_corners)
-    with torch.device("meta"):
-        model = HRNet(config)
-    _check(state, model.state_dict(), path)
-    model.to_empty(device="cpu")
-    # Checkpoints of PyTorch 0.4 lack the batch counters, which inference does not read.
-    model.load_state_dict({**_counters(model), **state}, strict=True)
-    return model.float().eval().requires_grad_(False).to(device)
-
-
-def infer_config(state: Mapping[str, Tensor], path: Path, align_corners: bool = False) -> HRNetConfig:
-    """The configuration that a state dict was saved from.
-
-    Raises:
-        HRNetError: where the tensors that tell it are missing.
-    """
-    telling = ("layer1.0.conv1.weight", "stage4.0.branches.0.0.conv1.weight", "last_layer.3.weight")
-    if missing := [key for key in telling if key not in state]:
-        hint = (
-            "; its head is of the OCR kind, use a checkpoint with the plain head" if "cls_head.weight" in state else ""
-        )
-        raise HRNetError(f"{path} is no plain HRNetV2 segmentation checkpoint: it lacks {', '.join(missing)}{hint}")
-    m2, m3, m4 = (_count(state, rf"stage{n}\.(\d+)\.") for n in (2, 3, 4))
-    stem, branch, head = (state[key].shape[0] for key in telling)
-    return HRNetConfig(
-        stem_width=stem,
-        stem_blocks=_count(state, r"layer1\.(\d+)\."),
-        modules=(m2, m3, m4),
-        blocks=_count(state, r"stage4\.0\.branches\.0\.(\d+)\."),
-        width=branch,
-        classes=head,
-        align_corners=align_corners,
-    )
-
-
-@torch.inference_mode()
-def person_probability(model: HRNet, rgb: np.ndarray, input_size: int = 473) -> np.ndarray:
-    """How likely each pixel is a person's, float32 (H, W), 0 to 1.
-
-    The picture is squeezed into a square as LIP's own evaluation does; the probabilities come back by bilinear
-    interpolation.
-
-    Args:
-        rgb: uint8 (H, W, 3).
-        input_size: edge of the square.
-
-    Raises:
-        ValueError: for a head whose number of classes is not in `PERSON_CLASSES`.
-    """
-    people = PERSON_CLASSES.get(model.config.classes)
-    if people is None:
-        raise ValueError(
-            f"which of {model.config.classes} classes are a person is known for {sorted(PERSON_CLASSES)} only"
-        )
-    device = next(model.parameters()).device
-    x = torch.tensor(rgb, device=device).permute(2, 0, 1)[None].float() / 255
-    x = F.interpolate(x, (input_size, input_size), mode="bilinear", align_corners=False, antialias=True)
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (_MEAN, _STD))
-    classes = model((x - mean) / std).softmax(dim=1)
-    person = classes[:, list(people)].sum(dim=1, keepdim=True).clamp(0, 1)
-    full = F.interpolate(person, rgb.shape[:2], mode="bilinear", align_corners=False)
-    result: np.ndarray = full[0, 0].cpu().numpy()
-    return result
-
-
 def _conv(channels_in: int, channels_out: int, *, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, kernel, stride=stride, padding=kernel // 2, bias=False)
 
@@ -293,58 +271,38 @@ def _fuse_layer(widths: Sequence[int], *, source: int, target: int) -> nn.Module
     return nn.Sequential(*steps, _conv_bn(widths[source], widths[target], stride=2, relu=False))
 
 
+def _classifier(channels: int, classes: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, classes, 1)
+    )
+
+
+def _bn_relu(channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU())
+
+
+def _pointwise(channels_in: int, channels_out: int) -> list[nn.Module]:
+    return [nn.Conv2d(channels_in, channels_out, 1, bias=False), _bn_relu(channels_out)]
+
+
+def _regions(pixels: Tensor, logits: Tensor) -> Tensor:
+    """The mean pixel of each class, weighted by a softmax of its logits over the picture: (B, C, K, 1)."""
+    shares = logits.flatten(2).softmax(dim=2)
+    return torch.matmul(pixels.flatten(2), shares.transpose(1, 2)).unsqueeze(3)
+
+
 def _resize(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     if x.shape[-2:] == tuple(size):
         return x
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=align_corners)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tree = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise HRNetError(f"there is no HRNet checkpoint {path}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
-        raise HRNetError(f"{path} cannot be read as a checkpoint; fetch it again: {error}") from error
-    tree = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
-    return {str(key): value for key, value in tree.items() if isinstance(value, Tensor)}
-
-
-def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    named = {re.sub(r"^(module\.|model\.)+", "", key): value for key, value in state.items()}
-    return {key: value for key, value in named.items() if not key.startswith("loss.")}
-
-
-def _check(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
-    missing = [key for key in wanted if key not in state and not key.endswith(".num_batches_tracked")]
-    surplus = [key for key in state if key not in wanted]
-    other = [
-        f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
-        for key, value in wanted.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    for keys, fault in ((missing, "lacks"), (other, "has other shapes:"), (surplus, "also holds")):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise HRNetError(
-                f"{path} is no plain HRNetV2 segmentation checkpoint: it {fault} {', '.join(keys[:3])}{more}"
-            )
-
-
-def _counters(model: nn.Module) -> dict[str, Tensor]:
-    return {k: torch.zeros((), dtype=torch.long) for k in model.state_dict() if k.endswith(".num_batches_tracked")}
-
-
-def _count(state: Iterable[str], pattern: str) -> int:
-    return len({match[1] for key in state if (match := re.match(pattern, key))})
-
-
 CONFIGS: dict[str, HRNetConfig] = {
     "w48": HRNetConfig(),
+    "w48_ocr": HRNetConfig(head="ocr", align_corners=True),
     "w18": HRNetConfig(width=18),
-    "w18_small": HRNetConfig(stem_width=32, stem_blocks=1, modules=(1, 1, 1), blocks=2, width=16),  # the original's v1
+    "w18_small": HRNetConfig(stem_width=32, stem_blocks=1, modules=(1, 1, 1), blocks=2, width=16),
+    "w18_small_v2": HRNetConfig(stem_blocks=2, modules=(1, 3, 2), blocks=2, width=18),
     "mini": HRNetConfig(stem_width=8, stem_blocks=1, modules=(1, 1, 1), blocks=1, width=8),
 }
-"""Named after the original's configuration files; `mini` is ours, for tests and demonstrations."""
+"""Named after the original's configurations (`w18_small_v2` is `hr18s` in MMSegmentation); `mini` is ours."""

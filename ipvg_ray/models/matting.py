@@ -1,22 +1,18 @@
-"""The reference picture: a box and a mask from 106 landmarks, a person's matte from HRNet, the person on grey.
+"""The reference picture's geometry: a box and a mask from 106 landmarks, the person on grey.
 
 Coordinates are pixels, x to the right, y down, (0, 0) the centre of the upper left pixel; landmarks stand in
 insightface's order of 106. The geometry is HyperLoRA's, which was trained on such pictures (arXiv 2503.16944); with
-`landmark_mask` it is what the released IPVG-STD code does, with `person_alpha` what its paper (arXiv 2507.04705, eq. 1)
-describes.
+`landmark_mask` it is what the released IPVG-STD code does, with a person's matte (`matte_network`, `matte_refine`) what
+its paper (arXiv 2507.04705, eq. 1) describes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-
-if TYPE_CHECKING:
-    from ipvg_ray.models.hrnet import HRNet
 
 ID_SIDE = 1024
 """Longest side of the id picture, pixels: the encoder reads 224, and blending 10,000 × 10,000 would take gigabytes."""
@@ -116,8 +112,8 @@ def crop_square(image: np.ndarray, cx: float, cy: float, half: float, fill: floa
     return square
 
 
-def id_picture(rgb: np.ndarray, alpha: np.ndarray, landmarks: np.ndarray) -> np.ndarray:
-    """The person on grey 127, cropped to `landmark_box`: uint8 RGB, (S, S, 3), S at most `ID_SIDE`.
+def id_crop(rgb: np.ndarray, alpha: np.ndarray, landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Picture and matte cropped to `landmark_box`: uint8 (S, S, 3) and float32 (S, S), S at most `ID_SIDE`.
 
     Args:
         rgb: uint8 (H, W, 3).
@@ -137,47 +133,18 @@ def id_picture(rgb: np.ndarray, alpha: np.ndarray, landmarks: np.ndarray) -> np.
     if person.shape[0] > ID_SIDE:
         size = (ID_SIDE, ID_SIDE)
         person, share = (cv2.resize(a, size, interpolation=cv2.INTER_AREA) for a in (person, share))
-    share = share[..., None]
+    return person, share
+
+
+def on_grey(person: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """The person on grey 127: uint8 (H, W, 3) from colours of that kind and a matte (H, W), 0 to 1."""
+    share = share.astype(np.float32)[..., None]
     return np.round(person.astype(np.float32) * share + GREY * (1 - share)).astype(np.uint8)
 
 
-def person_alpha(model: HRNet, rgb: np.ndarray, face_box: Sequence[float], input_size: int = 473) -> np.ndarray:
-    """The matte of the person to whom the face belongs, float32 (H, W), 0 to 1.
-
-    Args:
-        model: on its device, with a head of which `hrnet.PERSON_CLASSES` knows.
-        rgb: uint8 (H, W, 3).
-        face_box: x0, y0, x1, y1 of the face.
-        input_size: edge of the square that the picture is squeezed into for the network; 473 for LIP.
-
-    Raises:
-        ValueError: for a head of another number of classes.
-    """
-    from ipvg_ray.models import hrnet
-
-    return keep_person(hrnet.person_probability(model, rgb, input_size), face_box)
-
-
-def keep_person(alpha: np.ndarray, face_box: Sequence[float]) -> np.ndarray:
-    """Drop other people: zero where the nearest region above 0.5 is not the one that holds most of the face.
-
-    The soft rim of the kept region stays soft. Where no region overlaps the face box nothing is dropped.
-
-    Args:
-        alpha: float32 (H, W), 0 to 1.
-        face_box: x0, y0, x1, y1; may reach beyond the picture.
-    """
-    solid = alpha > 0.5
-    x0, y0 = (max(0, math.floor(v)) for v in face_box[:2])
-    x1, y1 = (max(0, math.ceil(v)) for v in face_box[2:])
-    face = solid[y0:y1, x0:x1]
-    if not face.any():
-        return alpha
-    _, nearest = cv2.distanceTransformWithLabels(
-        (~solid).astype(np.uint8), cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_CCOMP
-    )
-    kept = np.bincount(nearest[y0:y1, x0:x1][face]).argmax()
-    return np.where(nearest == kept, alpha, np.float32(0))
+def rgba(person: np.ndarray, share: np.ndarray) -> np.ndarray:
+    """Colours with the matte as their alpha: uint8 (H, W, 4)."""
+    return np.dstack([person, np.round(share * 255).astype(np.uint8)])
 
 
 def _checked(landmarks: np.ndarray) -> np.ndarray:

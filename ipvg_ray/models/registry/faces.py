@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from ipvg_ray.models.registry.rows import INSIGHTFACE, LIP, Model, UrlSource
+from ipvg_ray.models.registry.rows import APACHE, INSIGHTFACE, LIP, Model, UrlSource
 
 _INSIGHTFACE_RELEASE = "https://github.com/deepinsight/insightface/releases/download/v0.7"
+_PADDLE_MATTING = "https://paddleseg.bj.bcebos.com/matting/models"
+_MMSEG_HRNET = "https://download.openmmlab.com/mmsegmentation/v0.5/hrnet"
 _HRNET_RELEASE = "https://github.com/hsfzxjy/models.storage/releases/download/HRNet-OCR"
 
 MODELS: tuple[Model, ...] = (
@@ -43,7 +45,7 @@ MODELS: tuple[Model, ...] = (
     Model(
         name="hrnet_lip_5583_torch04.pth",
         used_by=("matting.model",),
-        purpose="HRNetV2-W48 human parsing (20 LIP classes); the matte is 1 - P(background)",
+        purpose="HRNetV2-W48 human parsing (20 LIP classes); 1 - P(background), refined, is the matte",
         source=UrlSource(f"{_HRNET_RELEASE}/hrnet_lip_5583_torch04.pth"),
         approx_bytes=265_000_000,
         licence=LIP,
@@ -51,5 +53,57 @@ MODELS: tuple[Model, ...] = (
         verified="URL as the authors' own table of results links it",
         unverified="size (calculated from 65.9 M float32 parameters), checksum (none is published), the LIP data's "
         "own words",
+    ),
+    Model(
+        name="hrnet_ocr_lip_5648_torch04.pth",
+        used_by=(),
+        purpose="HRNetV2-W48 human parsing with the OCR head, 56.48 mIoU where the plain one has 55.83",
+        source=UrlSource(f"{_HRNET_RELEASE}/hrnet_ocr_lip_5648_torch04.pth"),
+        approx_bytes=283_000_000,
+        licence=LIP,
+        needs=(),
+        verified="URL as the authors' own table of results links it",
+        unverified="size (calculated from 70.4 M float32 parameters), checksum (none is published), the LIP data's "
+        "own words",
+    ),
+    Model(
+        name="fcn_hr48_512x512_40k_voc12aug_20200613_222111-1b0f18bc.pth",
+        used_by=(),
+        purpose="HRNetV2-W48 with MMSegmentation's FCN head (21 VOC classes, person is one of them)",
+        source=UrlSource(
+            f"{_MMSEG_HRNET}/fcn_hr48_512x512_40k_voc12aug/fcn_hr48_512x512_40k_voc12aug_20200613_222111-1b0f18bc.pth"
+        ),
+        approx_bytes=264_000_000,
+        licence=APACHE,
+        needs=(),
+        verified="file name and folder as MMSegmentation's table of results links it; licence of its code",
+        unverified="the host in the URL (the table seen names a mirror), size (calculated from 65.9 M float32 "
+        "parameters), checksum (the name ends in its first 8 digits), the terms of VOC's pictures",
+    ),
+    Model(
+        name="ppmatting-hrnet_w18-human_512.pdparams",
+        used_by=(),
+        purpose="PP-Matting on HRNet-W18: alpha of people, hair included, without a refinement step",
+        source=UrlSource(f"{_PADDLE_MATTING}/ppmatting-hrnet_w18-human_512.pdparams"),
+        approx_bytes=98_000_000,
+        licence=APACHE,
+        needs=(),
+        verified="URL as PaddleSeg's table of results links it; architecture and names compared with PaddleSeg's code "
+        "run under Paddle 3.3 on random weights; licence of its code",
+        unverified="size (calculated from 24.5 M float32 parameters), checksum (none is published), the terms of the "
+        "pictures that it was trained on",
+    ),
+    Model(
+        name="modnet-hrnet_w18.pdparams",
+        used_by=(),
+        purpose="MODNet on HRNet-W18: as PP-Matting, faster and a little less exact",
+        source=UrlSource(f"{_PADDLE_MATTING}/modnet-hrnet_w18.pdparams"),
+        approx_bytes=41_000_000,
+        licence=APACHE,
+        needs=(),
+        verified="URL as PaddleSeg's table of results links it; architecture and names compared with PaddleSeg's code "
+        "run under Paddle 3.3 on random weights; licence of its code",
+        unverified="size (calculated from 10.2 M float32 parameters), checksum (none is published), the terms of the "
+        "pictures that it was trained on",
     ),
 )
