@@ -89,6 +89,26 @@ def test_a_bystanders_embedding_is_not_taken(stage: FacesStage, monkeypatch: pyt
     assert refused(stage, row_of(astronaut())).kind == "no_face"
 
 
+def test_a_portraits_detection_serves_both_packs(
+    stage: FacesStage, packs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the crop is the whole picture and the detectors are one, the second detection would say the same."""
+    portrait = np.ascontiguousarray(astronaut()[10:230, 110:330])
+    id_analyser = stage._portraits.id_analyser
+    (whole,) = FaceAnalyser(packs / "insightface/models/mini_antelopev2", det_sizes=(640,)).faces(portrait)
+    looked: list[int] = []
+    real = id_analyser.detect
+    monkeypatch.setattr(id_analyser, "detect", lambda pictures: looked.append(len(pictures)) or real(pictures))
+    result = done(stage, row_of(portrait))
+    assert sum(looked) == 0
+    assert np.allclose(result["id_embedding"], whole.normed_embedding, atol=1e-6)
+    done(stage, row_of(astronaut()))
+    assert sum(looked) == 1, "her face fills a fifth of this picture, and the crop is another"
+    monkeypatch.setattr(stage._portraits, "_one_detector", False)
+    done(stage, row_of(portrait))
+    assert sum(looked) == 2
+
+
 def test_a_cat_is_refused_and_its_neighbour_is_not(stage: FacesStage) -> None:
     cat, person = stage.process([row_of(np.asarray(skimage.data.cat())), row_of(astronaut())])
     assert isinstance(cat, RowError)
@@ -130,6 +150,22 @@ def test_rows_do_not_depend_on_their_batch(stage: FacesStage) -> None:
     rows = [row_of(astronaut()), row_of(two_faces())]
     together = stage.process(rows)
     assert [done(stage, row) for row in reversed(rows)] == list(reversed(together))
+
+
+def test_threads_change_nothing(packs: Path, stage: FacesStage) -> None:
+    rows = [row_of(astronaut()), row_of(np.zeros((64, 64, 3), np.uint8)), row_of(two_faces(), astronaut())]
+    threaded = make_stage(packs, threads=3, pool={"batch_size": 4})
+    one, nothing, two = threaded.process(rows)
+    assert isinstance(nothing, RowError)
+    assert [one, two] == stage.process([rows[0], rows[2]])
+    threaded.teardown()
+
+
+def test_the_threads_are_those_the_worker_was_given(packs: Path) -> None:
+    several = make_stage(packs, threads=4, pool={"batch_size": 2})
+    assert several._pool._max_workers == 2
+    options = several._portraits.analyser._models["recognition"].session.get_session_options()
+    assert options.intra_op_num_threads == 2
 
 
 def test_a_pack_without_gender_gives_a_person_and_one_without_landmarks_is_refused(packs: Path, tmp_path: Path) -> None:
