@@ -30,6 +30,12 @@ def test_landmarks_are_drawn_as_shares_of_the_picture(fake: FakeRun) -> None:
     assert paths["keypoints"] == "M0.75 0.75h0" * 5
 
 
+def test_landmarks_of_a_small_face_would_hide_it(fake: FakeRun) -> None:
+    fake.identity("eve")
+    fake.people("eve", landmarks_106=[16.0] * 212, landmarks_5=[16.0] * 10, face_box=[16, 12, 26, 22])
+    assert "<path" not in fake.page()
+
+
 def test_gates_say_what_passed_and_what_did_not(fake: FakeRun) -> None:
     fake.identity("eve")
     fake.people("eve", flaws=["blurred"], sharpness=0.002, yaw=12.4, pitch=-3.6)
@@ -60,9 +66,9 @@ def test_further_references_are_shown_with_what_became_of_them(fake: FakeRun) ->
     labels = [a["alt"] for a in page.all("img") if (a.get("alt") or "").startswith("Reference ")]
     assert labels == [
         "Reference picture of eve",
-        "Reference 1 of eve",
-        "Reference 2, not used of eve",
-        "Reference 3, odd of eve",
+        "Reference 1, of eve",
+        "Reference 2, unused, of eve",
+        "Reference 3, odd, of eve",
     ]
     assert html.count('<figure class="odd">') == 1
     assert "reference 2: no_face: no &lt;b&gt;face&lt;/b&gt;" in html

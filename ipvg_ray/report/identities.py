@@ -13,6 +13,9 @@ _REFERENCE_SIDE, _MATTE_SIDE, _OTHER_SIDE = 400, 200, 96  # pixels: about twice 
 _OTHERS = 8
 """Further reference pictures shown at most."""
 
+_NEAR = 0.2
+"""Share of the picture's width from which a face is wide enough for its landmarks not to hide it."""
+
 GATES = {"too_small": "too small", "blurred": "blurred", "turned_away": "turned away", "odd_one_out": "odd one out"}
 """Names of the gates as the row has them, and as people read them."""
 
@@ -36,7 +39,7 @@ class IdentityFacts:
         identity_id: its name.
         reference, matte, cutout: its first picture, the matte, and the person on grey.
         box: the face on the reference as x, y, width, height, each a share of 0 to 1.
-        points, keypoints: 106 and 5 landmarks as x, y pairs, shares of 0 to 1; empty where there are none.
+        points, keypoints: 106 and 5 landmarks as x, y pairs, shares of 0 to 1; empty where the face is too small.
         gates: (what the gate found, whether it passed) in words, in the order of `GATES`; empty before faces is done.
         others: further reference pictures, `hidden` more of which are not shown.
         facts: figures, each a short text.
@@ -66,14 +69,16 @@ def describe(identity_id: str, own: Mapping[str, Row], absent: str, budget: Budg
     """
     given, face, matting = own["identities"], own.get("faces", {}), own.get("matting", {})
     size = given.get("image_width"), given.get("image_height")
+    box = _box(face.get("face_box"), *size)
+    near = box is not None and box[2] >= _NEAR
     return IdentityFacts(
         identity_id=identity_id,
         reference=picture(given.get("image"), _REFERENCE_SIDE, budget, sha256=given.get("image_sha256")),
         matte=picture(matting["matte"], _MATTE_SIDE, budget, grey=True) if matting else Picture(None, absent),
         cutout=picture(matting["id_picture"], _MATTE_SIDE, budget) if matting else Picture(None, absent),
-        box=_box(face.get("face_box"), *size),
-        points=_shares(face.get("landmarks_106"), *size),
-        keypoints=_shares(face.get("landmarks_5"), *size),
+        box=box,
+        points=_shares(face.get("landmarks_106"), *size) if near else [],
+        keypoints=_shares(face.get("landmarks_5"), *size) if near else [],
         gates=_gates(face),
         others=_others(given, face, budget),
         hidden=max(0, len(given.get("more_images") or ()) - _OTHERS),
@@ -117,11 +122,11 @@ def _others(given: Row, face: Row, budget: Budget) -> list[Other]:
     pictures = list(zip(given.get("more_images") or (), given.get("more_images_sha256") or (), strict=True))
     shown = []
     for number, (cell, sha256) in enumerate(pictures[:_OTHERS], 1):
-        label = f"Reference {number}"
+        label = str(number)
         if number in odd:
             label += ", odd"
         elif numbers is not None and number not in numbers:
-            label += ", not used"
+            label += ", unused"
         shown.append(Other(picture(cell, _OTHER_SIDE, budget, sha256=sha256), label, number in odd))
     return shown
 

@@ -156,10 +156,10 @@ class FacesStage(Stage):
         notes = []
         for number, outcome in sorted(outcomes.items())[1:]:
             reason = outcome if isinstance(outcome, RowError) else self._gated(outcome)[1]
-            if reason is None:
-                usable[number] = outcome
-            else:
+            if reason is not None:
                 notes.append(f"reference {number}: {reason}")
+            elif not isinstance(outcome, RowError):
+                usable[number] = outcome
         added = self._compared(usable)
         odd, gate = added["odd_references"], self.config.faces.gates.odd_one_out
         if odd and gate.action == "refuse":
