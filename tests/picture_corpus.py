@@ -118,10 +118,24 @@ def _colour_spaces() -> Iterator[Case]:
     yield Case("ycbcr.tif", encoded(_plain().convert("YCbCr"), "TIFF"), LOSSY)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     yield Case("profile.jpg", encoded(_plain(), "JPEG", quality=95, icc_profile=profile), LOSSY)
+    swapped = Image.fromarray(np.ascontiguousarray(quarters()[..., ::-1]))
+    yield Case("profile-of-swapped-colours.png", encoded(swapped, icc_profile=_swapped(profile)), LOSSY)
+    alpha = Image.fromarray(np.dstack([quarters()[..., ::-1], np.full((HEIGHT, WIDTH), 255, np.uint8)]))
+    yield Case("profile-and-alpha.png", encoded(alpha, icc_profile=_swapped(profile)), LOSSY)
     yield Case("profile-rubbish.png", encoded(_plain(), icc_profile=b"no profile"), EXACT)
     srgb, cielab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
     lab = encoded(ImageCms.profileToProfile(_plain(), srgb, cielab, outputMode="LAB"), "TIFF")
     yield Case("lab.tif", lab, LOSSY)
+
+
+def _swapped(srgb: bytes) -> bytes:
+    """A profile whose red is sRGB's blue and the other way round, under a name of its own."""
+    place = {b"rXYZ": b"bXYZ", b"bXYZ": b"rXYZ"}
+    profile = bytearray(srgb.replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be")).replace(b"sRGB", b"test"))
+    for tag in range(128 + 4, 128 + 4 + 12 * struct.unpack_from(">I", profile, 128)[0], 12):
+        name = bytes(profile[tag : tag + 4])
+        profile[tag : tag + 4] = place.get(name, name)
+    return bytes(profile)
 
 
 def _moving() -> Iterator[Case]:

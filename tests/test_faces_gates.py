@@ -62,7 +62,7 @@ def test_the_provider_is_no_part_of_the_results(packs: Path) -> None:
         make_stage(packs, onnx_provider="cuda")
 
 
-def test_the_first_codes_detection_size_is_an_option(packs: Path) -> None:
+def test_one_small_detection_size_is_an_option(packs: Path) -> None:
     assert done(make_stage(packs, det_sizes=[224]), row_of(portrait()))["face_count"] == 1
 
 

@@ -54,7 +54,7 @@ class FaceGates(Section):
 class FacesConfig(StageSection):
     """`pack` scores and describes; `id_pack` makes the embedding that HyperLoRA was trained on.
 
-    `det_sizes` are tried in order until a face is found; the first code of IPVG-STD used 224 alone. `onnx_provider`
+    `det_sizes` are tried in order until a face is found; 224 alone is quick and enough for portraits. `onnx_provider`
     says what onnxruntime runs on: `auto` is CUDA where a worker is given a GPU, else the CPU.
     """
 

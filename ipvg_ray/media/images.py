@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.fs as pafs
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 # Pillow's warning of pictures it finds large: the bound that counts is ours. Set once, since decoding runs in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -66,7 +66,7 @@ def image_bytes(picture: Mapping[str, Any], sha256: str | None = None) -> bytes:
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Decode to RGB, uint8, (height, width, 3): first frame of animations, upright by EXIF, alpha laid on white.
+    """Decode to sRGB, uint8, (height, width, 3): first frame of animations, upright by EXIF, alpha laid on white.
 
     Raises:
         ImageError: `image_too_large` above `max_pixels` (checked before decoding), else `broken_image`.
@@ -81,7 +81,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
                     "image_too_large", f"{width}×{height} is above {max_pixels} pixels; shrink the picture"
                 )
             image.load()
-            return np.asarray(_to_rgb(_upright(image), image.format))
+            return np.asarray(_to_rgb(_in_srgb(_upright(image)), image.format))
     except ImageError:
         raise
     except Image.DecompressionBombError as error:  # Pillow's own bound, which it checks before we can read the size
@@ -96,6 +96,21 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)  # the same picture where EXIF says nothing
     except Exception:  # EXIF that cannot be read says nothing; the picture itself is fine
+        return image
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """The picture with its colours as sRGB has them, where a profile says that they are another's (Display P3, say)."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "CMYK"):
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(source).lower():
+            return image
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode) or image
+    except (ImageCms.PyCMSError, OSError, ValueError):  # a profile that cannot be read says nothing
         return image
 
 

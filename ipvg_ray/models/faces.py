@@ -162,13 +162,14 @@ class FaceAnalyser:
         Args:
             found: pictures as `detect` takes them, each with one face on it.
         """
+        bgr = {id(rgb): rgb for rgb, _ in found}  # of a crowd's picture one copy, not one per face
+        bgr = {key: _bgr(rgb) for key, rgb in bgr.items()}
         described: list[Face] = []
         for part in chunks(found, self.batch):
-            described += self._described(part)
+            described += self._described([bgr[id(rgb)] for rgb, _ in part], [face for _, face in part])
         return described
 
-    def _described(self, found: Sequence[tuple[np.ndarray, Face]]) -> list[Face]:
-        pictures, faces = [_bgr(rgb) for rgb, _ in found], [face for _, face in found]
+    def _described(self, pictures: Sequence[np.ndarray], faces: Sequence[Face]) -> list[Face]:
         boxes = [face.box for face in faces]
         told: list[dict[str, Any]] = [{} for _ in faces]
         if model := self._models.get("landmark_2d_106"):
