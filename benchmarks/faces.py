@@ -5,8 +5,8 @@ where nobody says otherwise (the loop), and as threads of the stage. The loop is
 with the evaluation pack, take the largest face, cut HyperLoRA's crop, `get` with HyperLoRA's pack, each pack with only
 the models that are needed. The results of each run are compared; their boxes and embeddings may differ by 1e-3.
 
-The packs are the miniatures, whose detector takes about as long as the real ones' and whose recognition costs nothing;
---recognition r50 gives both packs one of the size of ArcFace's IResNet-50.
+The packs are the miniatures, whose other models cost nothing beside their detector; --recognition r50 gives both packs
+a recognition network of the size of ArcFace's IResNet-50.
 """
 
 from __future__ import annotations

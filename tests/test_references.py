@@ -122,7 +122,14 @@ def test_pictures_beyond_the_most_are_left_out(tmp_path: Path) -> None:
     assert not failures, "who asks for one picture wants no report of the others"
 
 
-@pytest.mark.parametrize("image", ['["a.png"', "[]", '[""]', "[7.5]"])
+def test_a_file_name_with_a_bracket_is_no_list(tmp_path: Path) -> None:
+    rows = [{"identity_id": "a", "image": "[1] a.png", "prompt": "x"}]
+    found, problems = read(tmp_path, path=str(jsonl(tmp_path / "set.jsonl", rows)))
+    assert [row["image"] for row in found] == [str(tmp_path / "[1] a.png")]
+    assert not problems
+
+
+@pytest.mark.parametrize("image", ['["a.png",]', "[]", '[""]', "[7.5]"])
 def test_a_list_that_cannot_be_read_is_named(tmp_path: Path, image: str) -> None:
     rows = [{"identity_id": "a", "image": image, "prompt": "x"}, {"identity_id": "b", "image": "b.png", "prompt": "y"}]
     found, problems = read(tmp_path, path=str(jsonl(tmp_path / "set.jsonl", rows)))

@@ -1,5 +1,4 @@
-"""CSV, JSONL, and the challenge's `eval.json`: every row names its picture or pictures and its prompt or
-prompts.
+"""CSV, JSONL, and the challenge's `eval.json`: every row names its pictures and its prompts.
 
 Source of the last: the IPVG challenge's 2026 edition, an array of `{img, prompt}`.
 """
@@ -72,12 +71,12 @@ def _rows(records: Iterable[Record], columns: Columns, place: Place, reading: Re
 
 def _pictures(value: object, column: str) -> list[str]:
     """The pictures a row names: one, or a list of them, which CSV writes as JSON: `["a.png", "b.png"]`."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
+    if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
         try:
             value = json.loads(value)
         except ValueError as error:
             raise UnreadableError(
-                f'{column!r} begins like a list of pictures and is not JSON ({error}); write ["a.png", "b.png"]'
+                f'{column!r} looks like a list of pictures and is not JSON ({error}); write ["a.png", "b.png"]'
             ) from None
     if not isinstance(value, list):
         return [_picture(value, column)]

@@ -26,7 +26,7 @@ RAW = pa.schema(
         "kind": pa.string(),  # a problem of this row that the reader found
         "message": pa.string(),
         "more": pa.list_(pa.string()),  # further pictures of the person, as `image`; null: none
-        "more_bytes": pa.list_(pa.binary()),  # their bytes where the input carried bytes; null: all are paths
+        "more_bytes": pa.list_(pa.binary()),  # the bytes of those that the input carried, null for paths
     }
 )
 """Schema of the readers' batches."""
