@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-from face_pictures import astronaut, done, make_stage, refused, row_of, sample_picture
+from face_pictures import astronaut, done, refused, row_of, sample_picture
+from face_pictures import make_stage as make_any_stage
 from PIL import Image
 
+from ipvg_ray.config import FacesConfig
 from ipvg_ray.stages.faces import FacesStage
+
+
+def make_stage(packs: Path, **section: Any) -> FacesStage:
+    """A stage that detects at one small size: the miniature detector takes a second at 640."""
+    return make_any_stage(packs, **{"det_sizes": [256], **section})
+
+
+def gated(stage: FacesStage, **gates: Any) -> FacesStage:
+    """The stage, its models loaded, with other gates."""
+    other = copy.copy(stage)
+    other.config = stage.config.model_copy(
+        update={"faces": FacesConfig(**{**vars(stage.config.faces), "gates": gates})}
+    )
+    return other
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +62,11 @@ def test_quality_is_in_the_row(stage: FacesStage) -> None:
         ({"turned_away": {"pitch": 0}}, "face_turned_away"),
     ],
 )
-def test_a_gate_warns_refuses_or_is_off(packs: Path, gate: dict[str, Any], kind: str) -> None:
+def test_a_gate_warns_refuses_or_is_off(stage: FacesStage, gate: dict[str, Any], kind: str) -> None:
     (name, limits), row = next(iter(gate.items())), row_of(portrait())
-    assert done(make_stage(packs, gates=gate), row)["flaws"] == [name]
-    assert done(make_stage(packs, gates={name: {**limits, "action": "off"}}), row)["flaws"] == []
-    error = refused(make_stage(packs, gates={name: {**limits, "action": "refuse"}}), row)
+    assert done(gated(stage, **gate), row)["flaws"] == [name]
+    assert done(gated(stage, **{name: {**limits, "action": "off"}}), row)["flaws"] == []
+    error = refused(gated(stage, **{name: {**limits, "action": "refuse"}}), row)
     assert error.kind == kind
     assert f"faces.gates.{name}" in error.message
 
@@ -82,28 +99,28 @@ def test_several_references_of_one_identity(stage: FacesStage) -> None:
     assert (alone["embeddings"], alone["reference_spread"]) == ([alone["embedding"]], None)
 
 
-def test_an_unusable_further_reference_is_noted(packs: Path, stage: FacesStage) -> None:
+def test_an_unusable_further_reference_is_noted(stage: FacesStage) -> None:
     nothing, blurred = np.zeros((64, 64, 3), np.uint8), cv2.GaussianBlur(portrait(), (0, 0), 2)
     result = done(stage, row_of(portrait(), nothing, portrait()))
     assert result["reference_numbers"] == [0, 2]
     (note,) = result["reference_notes"]
     assert note.startswith("reference 1: no_face")
-    strict = make_stage(packs, gates={"blurred": {"action": "refuse"}})
+    strict = gated(stage, blurred={"action": "refuse"})
     (note,) = done(strict, row_of(portrait(), blurred))["reference_notes"]
     assert note.startswith("reference 1: face_blurred")
 
 
-def test_an_odd_one_out_is_flagged_or_refused(packs: Path) -> None:
+def test_an_odd_one_out_is_flagged_or_refused(stage: FacesStage) -> None:
     someone = np.ascontiguousarray(sample_picture("t1")[200:470, 1040:1280])
     closer = np.ascontiguousarray(astronaut()[20:220, 120:320])
     row = row_of(portrait(), someone, closer)
     gate = {"cosine": 0.8}  # random networks find all faces somewhat alike
-    result = done(make_stage(packs, gates={"odd_one_out": gate}), row)
+    result = done(gated(stage, odd_one_out=gate), row)
     assert result["reference_numbers"] == [0, 1, 2]
     assert result["odd_references"] == [1], np.array(result["embeddings"]) @ np.array(result["embeddings"]).T
     assert result["flaws"] == ["odd_one_out"]
-    error = refused(make_stage(packs, gates={"odd_one_out": {**gate, "action": "refuse"}}), row)
+    error = refused(gated(stage, odd_one_out={**gate, "action": "refuse"}), row)
     assert error.kind == "odd_reference"
     assert "pictures 1 " in error.message
-    off = done(make_stage(packs, gates={"odd_one_out": {**gate, "action": "off"}}), row)
+    off = done(gated(stage, odd_one_out={**gate, "action": "off"}), row)
     assert (off["odd_references"], off["flaws"]) == ([], [])
