@@ -25,6 +25,7 @@ TRACEBACKS = 20
 
 _FRAME_SIDE = 640  # pixels: about twice the place it fills on the page
 _MADE_BY = ("matting", "prompts", "first_frame", "video", "evaluate")  # stages with a place of their own on a row
+_DRAWN = ("face_box", "landmarks_5", "landmarks_106")
 _FAILURE_COLUMNS = ("stage", "identity_id", "sample_id", "kind", "message", "where", "attempt", "failed_at")
 
 
@@ -152,9 +153,14 @@ def _read_identities(run_dir: RunPath, progress: Progress, ids: list[str]) -> di
 
 
 def _all_columns(table: str) -> list[str]:
-    """A table's columns that the page can use; embeddings are not among them."""
+    """A table's columns that the page can use; of vectors those that are drawn, so no embeddings."""
     columns = schema.table(table).columns.values()
-    return [*(c.name for c in columns if "embedding" not in c.name or c.name.endswith("_norm")), "seconds"]
+    return [*(c.name for c in columns if c.name in _DRAWN or not _holds_vectors(c.type)), "seconds"]
+
+
+def _holds_vectors(kind: pa.DataType) -> bool:
+    inner = kind.value_type if pa.types.is_list(kind) else kind
+    return bool(pa.types.is_fixed_size_list(inner))
 
 
 def _read_failures(failures: Lookup, places: np.ndarray, *, traceback: bool) -> list[FailureView]:
