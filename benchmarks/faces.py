@@ -5,8 +5,10 @@ where nobody says otherwise (the loop), and as threads of the stage. The loop is
 with the evaluation pack, take the largest face, cut HyperLoRA's crop, `get` with HyperLoRA's pack, each pack with only
 the models that are needed. The results of each run are compared; their boxes and embeddings may differ by 1e-3.
 
-The packs are the miniatures, whose other models cost nothing beside their detector; --recognition r50 gives both packs
-a recognition network of the size of ArcFace's IResNet-50.
+The packs are the miniatures, whose other models cost nothing beside their detector. With --real-sizes their networks
+are replaced by random ones that cost what the published ones do: a detector of SCRFD-10G's 13 billion multiplications
+for 640 × 640 pixels that answers with the place of the portraits' face, and recognition of the sizes of IResNet-50 and
+IResNet-100.
 """
 
 from __future__ import annotations
@@ -32,12 +34,16 @@ from ipvg_ray import config
 from ipvg_ray.media import images
 from ipvg_ray.models.matting import landmark_box
 from ipvg_ray.models.mini import insightface_pack
+from ipvg_ray.models.mini.face_detector import KEYPOINTS
 from ipvg_ray.models.mini.onnx_graph import Graph
 from ipvg_ray.pipeline.stage import StageContext
 from ipvg_ray.stages.faces import FacesStage
 
 PACK, ID_PACK = "insightface/models/mini_buffalo_l", "insightface/models/mini_antelopev2"
-R50_LAYERS = ((64, 3), (128, 4), (256, 14), (512, 3))
+BLOCKS = {50: (3, 4, 14, 3), 100: (3, 13, 30, 3)}
+"""Blocks of IResNet-50 and -100 at each of the four widths."""
+FACE = (184.0, 165.0, 466.0, 447.0)
+"""Where the portraits' face is once they are fitted into 640 × 640 pixels."""
 
 
 def main() -> None:
@@ -46,10 +52,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         insightface_pack.make(root)
-        if arguments.recognition == "r50":
-            for pack, file in ((PACK, "w600k_r50"), (ID_PACK, "glintr100")):
-                write_r50(root / pack / f"{file}.onnx")
-        for kind in arguments.kinds:
+        if arguments.real_sizes:
+            write_real_sizes(root)
+        for kind in ["portraits"] if arguments.real_sizes else arguments.kinds:
             data = pictures(kind, arguments.pictures)
             ways: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
                 "plain loop": PlainLoop(root, data).run,
@@ -62,7 +67,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--recognition", choices=("mini", "r50"), default="mini")
+    parser.add_argument("--real-sizes", action="store_true", help="networks as costly as the published")
     parser.add_argument("--kinds", nargs="+", choices=("portraits", "scenes"), default=["portraits", "scenes"])
     return parser.parse_args()
 
@@ -182,30 +187,69 @@ def pictures(kind: str, count: int) -> list[bytes]:
     return made
 
 
-def write_r50(path: Path) -> None:
-    """Replace a recognition network by one of IResNet-50's size with random weights."""
-    rng = np.random.default_rng(5)
-    g = Graph()
+def write_real_sizes(root: Path) -> None:
+    """Replace the packs' detectors and recognition networks by random ones of the published ones' cost."""
+    write_recognition(root / PACK / "w600k_r50.onnx", BLOCKS[50])
+    write_recognition(root / ID_PACK / "glintr100.onnx", BLOCKS[100])
+    write_detector(root / PACK / "det_10g.onnx")
+    (root / ID_PACK / "scrfd_10g_bnkps.onnx").write_bytes((root / PACK / "det_10g.onnx").read_bytes())
 
-    def conv(value: str, inputs: int, outputs: int, stride: int, size: int = 3) -> str:
-        kernel = rng.standard_normal((outputs, inputs, size, size)).astype(np.float32)
+
+class Network(Graph):
+    """A graph of random convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rng = np.random.default_rng(5)
+
+    def conv(self, value: str, inputs: int, outputs: int, stride: int = 1, size: int = 3) -> str:
+        kernel = self.rng.standard_normal((outputs, inputs, size, size)).astype(np.float32)
         kernel *= np.float32((inputs * size * size) ** -0.5)
-        return g.op("Conv", value, kernel, strides=[stride] * 2, pads=[size // 2] * 4)
+        return self.op("Conv", value, kernel, strides=[stride] * 2, pads=[size // 2] * 4)
 
-    value, channels = g.op("LeakyRelu", conv("input.1", 3, 64, 1), alpha=0.2), 64
-    for width, blocks in R50_LAYERS:
-        for block in range(blocks):
+    def relu(self, value: str) -> str:
+        return self.op("LeakyRelu", value, alpha=0.2)
+
+
+def write_recognition(path: Path, blocks: tuple[int, ...]) -> None:
+    """A residual network for 112 × 112 inputs, under the output's name that the file has."""
+    g = Network()
+    value, channels = g.relu(g.conv("input.1", 3, 64)), 64
+    for width, count in zip((64, 128, 256, 512), blocks, strict=True):
+        for block in range(count):
             stride = 2 if block == 0 else 1
-            inner = g.op("LeakyRelu", conv(value, channels, width, 1), alpha=0.2)
-            inner = g.op("Mul", conv(inner, width, width, stride), 0.3)
-            value = g.op("Add", inner, conv(value, channels, width, stride, 1) if block == 0 else value)
+            inner = g.op("Mul", g.conv(g.relu(g.conv(value, channels, width)), width, width, stride), 0.3)
+            value = g.op("Add", inner, g.conv(value, channels, width, stride, 1) if block == 0 else value)
             channels = width
-    matrix = rng.standard_normal((channels * 49, 512)).astype(np.float32) * np.float32((channels * 49) ** -0.5)
-    name = next(iter(insightface_outputs(path)))
+    matrix = g.rng.standard_normal((channels * 49, 512)).astype(np.float32) * np.float32((channels * 49) ** -0.5)
+    (name,) = outputs_of(path)
     g.save(path, {"input.1": ["n", 3, 112, 112]}, {name: (g.op("MatMul", g.op("Flatten", value), matrix), ["n", 512])})
 
 
-def insightface_outputs(path: Path) -> list[str]:
+def write_detector(path: Path) -> None:
+    """A network of SCRFD-10G's cost that always finds the same face, under the outputs' names that the file has."""
+    g = Network()
+    value = g.relu(g.conv(g.relu(g.conv("input.1", 3, 32, 2)), 32, 64, 2))
+    for width, count in ((64, 4), (128, 5), (256, 5)):
+        if width > 64:
+            value = g.relu(g.conv(value, width // 2, width, 2))
+        for _ in range(count):
+            value = g.relu(g.conv(value, width, width))
+    nothing = g.op("Mul", g.op("ReduceMean", value, keepdims=0), 1e-30)  # keeps the network from being cut away
+    x0, y0, x1, y1 = FACE
+    keypoints = (KEYPOINTS * (x1 - x0, y1 - y0) + (x0, y0) - 320).ravel()
+    answers = {1: [1.0], 4: [320 - x0, 320 - y0, x1 - 320, y1 - 320], 10: keypoints}
+    outputs = {}
+    for place, name in enumerate(outputs_of(path)):
+        stride, (width, answer) = (8, 16, 32)[place % 3], list(answers.items())[place // 3]
+        rows = np.zeros((2 * (640 // stride) ** 2, width), np.float32)
+        if stride == 32:
+            rows[2 * (10 * 20 + 10)] = np.array(answer, np.float32) / (1 if width == 1 else stride)
+        outputs[name] = (g.op("Add", nothing, rows), list(rows.shape))
+    g.save(path, {"input.1": [1, 3, "height", "width"]}, outputs)
+
+
+def outputs_of(path: Path) -> list[str]:
     """Names of an ONNX file's outputs."""
     import onnx
 
