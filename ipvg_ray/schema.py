@@ -52,7 +52,7 @@ def schema_dir() -> Path:
 
 
 def arrow_type(name: str) -> pa.DataType:
-    """Arrow type for a type name of the YAML files; `float32[512]` is a list of fixed length.
+    """Arrow type for a type name of the YAML files; `float32[512]` is a list of fixed length, `string[]` of any.
 
     Raises:
         ValueError: for a name that is not known.
@@ -61,7 +61,9 @@ def arrow_type(name: str) -> pa.DataType:
         return _SCALARS[name]
     if match := re.fullmatch(r"(\w+)\[(\d+)\]", name):
         return pa.list_(_SCALARS[match[1]], int(match[2]))
-    raise ValueError(f"unknown column type {name!r}; known: {', '.join(_SCALARS)}, or one of them with [length]")
+    if name.endswith("[]"):
+        return pa.list_(arrow_type(name.removesuffix("[]")))
+    raise ValueError(f"unknown column type {name!r}; known: {', '.join(_SCALARS)}, or one of them with [length] or []")
 
 
 @lru_cache

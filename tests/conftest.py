@@ -32,3 +32,13 @@ def mini_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = Path(os.environ.get("IPVG_RAY_MINI") or tmp_path_factory.mktemp("mini"))
     make_all(root, report=lambda line: None)
     return root
+
+
+@pytest.fixture(scope="session")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the miniature face packs alone, which take a second to make."""
+    from ipvg_ray.models.mini import insightface_pack
+
+    root = tmp_path_factory.mktemp("faces")
+    insightface_pack.make(root)
+    return root

@@ -143,6 +143,9 @@ def freeze_fake(identities: int, prompts: int) -> engine.Freeze:
 def _write(out: Path, name: str, rows: dict[str, Any]) -> None:
     (out / name).mkdir(parents=True)
     schema_ = tables.stored_schema(name)
+    missing = dict.fromkeys(f.name for f in schema_ if f.nullable and f.name not in rows)
+    count = len(next(iter(rows.values())))
+    rows = rows | {name: [None] * count for name in missing}
     table = pa.table({c: pa.array(list(v), schema_.field(c).type) for c, v in rows.items()}, schema=schema_)
     half = -(-table.num_rows // 2)
     for i in range(2):

@@ -21,7 +21,7 @@ from ipvg_ray import tables
 from ipvg_ray.config import DatasetConfig
 from ipvg_ray.dataset.freeze import Summary, freeze
 from ipvg_ray.dataset.problems import DatasetError
-from ipvg_ray.media.images import image_bytes
+from ipvg_ray.media.images import FORMATS, image_bytes
 
 Failures = list[tuple[str, str, str | None]]
 
@@ -72,6 +72,8 @@ def test_tables_of_a_clean_set(tmp_path: Path) -> None:
         "image_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "image_width": 36,
         "image_height": 50,
+        "more_images": None,
+        "more_images_sha256": None,
     }
     assert image_bytes(identities[1]["image"], identities[1]["image_sha256"]) == file.read_bytes()
 
@@ -258,7 +260,7 @@ def test_a_bomb_is_too_large_and_messages_name_the_file(tmp_path: Path) -> None:
     assert summary.first[0].message.startswith(str(tmp_path / "set/bomb.png"))
     assert (
         summary.first[1].message
-        == f"{tmp_path}/set/words.png cannot be decoded (it is no picture of a known kind); replace it"
+        == f"{tmp_path}/set/words.png cannot be decoded (it is none of {', '.join(FORMATS)}); replace it"
     )
 
 

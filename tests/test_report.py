@@ -80,18 +80,18 @@ class FakeRun:
             self.write(stage, [{**key, **row[stage]()}])
         return sample_id
 
-    def people(self, *identity_ids: str) -> None:
-        """Faces and mattes."""
+    def people(self, *identity_ids: str, **columns: Any) -> None:
+        """Faces and mattes; `columns` are of the faces."""
         for identity_id in identity_ids:
             key = {"identity_id": identity_id, "seed": 7, "seconds": 0.5}
             face = {"face_count": 2, "face_box": [16, 12, 48, 36], "face_score": 0.875, "target": "A woman"}
-            face |= {
-                "landmarks_5": [0] * 10,
-                "landmarks_106": [0] * 212,
-                "embedding": [0] * 512,
-                "id_embedding": [0] * 512,
-            }
-            self.write("faces", [{**key, **face}])
+            face |= {"landmarks_5": [0] * 10, "landmarks_106": [0] * 212}
+            face |= dict.fromkeys(("embedding", "id_embedding"), [0] * 512)
+            face |= {"embeddings": [[0] * 512], "id_embeddings": [[0] * 512]}
+            face |= {"reference_numbers": [0], "odd_references": [], "reference_notes": [], "flaws": []}
+            face |= dict.fromkeys(("face_size", "yaw", "pitch", "roll", "sharpness"), 0)
+            face |= dict.fromkeys(("embedding_norm", "id_embedding_norm"), 20)
+            self.write("faces", [{**key, **face, **columns}])
             matte = images.encode(np.full((48, 64), 200, np.uint8))
             cut = {"matte": matte, "id_picture": matte, "matting_method": "hrnet", "person_share": 0.25}
             self.write("matting", [{**key, **cut}])

@@ -13,7 +13,8 @@ from ipvg_ray.config.base import Section, nearest
 class DatasetConfig(Section):
     """Where the identity set is and what is refused in it.
 
-    `columns` renames the columns of CSV, JSONL and Parquet inputs: ours to theirs (`{identity_id: person}`).
+    `columns` renames the columns of CSV, JSONL and Parquet inputs: ours to theirs (`{identity_id: person}`). Of an
+    identity's pictures the first `max_references` are used.
     """
 
     path: str | None = None
@@ -26,6 +27,7 @@ class DatasetConfig(Section):
     min_image_side: int = Field(32, ge=1)
     max_image_pixels: int = Field(100_000_000, ge=1)
     max_prompt_chars: int = Field(10_000, ge=1)
+    max_references: int = Field(16, ge=1)
 
     @field_validator("columns")
     @classmethod

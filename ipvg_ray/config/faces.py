@@ -2,21 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from ipvg_ray.config.base import StageSection, Unit
+from ipvg_ray.config.base import Section, StageSection, Unit
+
+Action = Literal["off", "warn", "refuse"]
+"""What a quality gate does: nothing, name the flaw in the row, or fail the row."""
+Angle = Annotated[float, Field(ge=0, le=180)]
+
+
+class SmallGate(Section):
+    """A face whose box's shorter edge is below `pixels`: ArcFace sees 112 of them, HyperLoRA's encoder 224."""
+
+    action: Action = "warn"
+    pixels: float = Field(80, ge=0)
+
+
+class BlurGate(Section):
+    """A face less sharp than this, as `models.face_quality.sharpness` measures it."""
+
+    action: Action = "warn"
+    sharpness: float = Field(0.004, ge=0)
+
+
+class TurnedGate(Section):
+    """A face turned by more than these degrees to a side, or up or down."""
+
+    action: Action = "warn"
+    yaw: Angle = 45
+    pitch: Angle = 35
+
+
+class OddGate(Section):
+    """Of several reference pictures, one whose embedding reaches this cosine with fewer than half of the others."""
+
+    action: Action = "warn"
+    cosine: float = Field(0.3, ge=-1, le=1)
+
+
+class FaceGates(Section):
+    """What is asked of the faces on reference pictures."""
+
+    too_small: SmallGate = SmallGate()
+    blurred: BlurGate = BlurGate()
+    turned_away: TurnedGate = TurnedGate()
+    odd_one_out: OddGate = OddGate()
 
 
 class FacesConfig(StageSection):
-    """`pack` scores and describes; `id_pack` makes the embedding that HyperLoRA was trained on."""
+    """`pack` scores and describes; `id_pack` makes the embedding that HyperLoRA was trained on.
+
+    `det_sizes` are tried in order until a face is found; 224 alone is quick and enough for portraits. `onnx_provider`
+    says what onnxruntime runs on: `auto` is CUDA where a worker is given a GPU, else the CPU.
+    """
 
     pack: str = "insightface/models/buffalo_l"
     id_pack: str = "insightface/models/antelopev2"
     det_sizes: tuple[int, ...] = (640, 512, 384, 256)
     det_threshold: Unit = 0.5
     choose: Literal["largest", "centre", "confident", "error"] = "largest"
+    gates: FaceGates = FaceGates()
+    onnx_provider: Literal["auto", "tensorrt", "cuda", "cpu"] = "auto"
 
     @field_validator("det_sizes")
     @classmethod

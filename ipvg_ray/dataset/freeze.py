@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from ipvg_ray.dataset.pictures import Candidate, Picture, verify_all
 from ipvg_ray.dataset.problems import DatasetError, Problem, Problems
 from ipvg_ray.dataset.rows import Reading
 from ipvg_ray.dataset.spill import Spill
+from ipvg_ray.media.images import ImageError
 
 _SLICE = 8192
 _TABLES = ("identities", "samples", "failures")
@@ -149,7 +151,7 @@ class _Freezer:
 
     def _promising(self, numbers: np.ndarray, asked: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
         """Number and table row of those identities that have a prompt and a good picture; the others are reported."""
-        columns = ["identity_id", "image", "where", "kind", "message"]
+        columns = ["identity_id", "image", "more", "where", "kind", "message"]
         facts = self.spill.take(self.keys.first[numbers], columns).to_pylist()
         looked_at = []
         for number, row in zip(numbers.tolist(), facts, strict=True):
@@ -160,18 +162,43 @@ class _Freezer:
                 self._refuse(row, "no_prompts", "the identity has a picture but no prompt; write one, or remove it")
             else:
                 looked_at.append((number, row))
-        candidates = (self._candidate(number, row) for number, row in looked_at)
+        candidates = (one for number, row in looked_at for one in self._candidates(number, row))
         outcomes = verify_all(candidates, self.config, self.threads)
-        for (number, row), outcome in zip(looked_at, outcomes, strict=True):
-            if isinstance(outcome, Picture):
-                yield number, _identity_row(row["identity_id"], outcome)
+        for number, row in looked_at:
+            first, *others = islice(outcomes, len(self._named(row)))
+            if isinstance(first, Picture):
+                yield number, _identity_row(row["identity_id"], first, self._usable(row, others))
             else:
-                self._refuse(row, outcome.kind, str(outcome))
+                self._refuse(row, first.kind, str(first))
 
-    def _candidate(self, number: int, row: dict[str, Any]) -> Candidate:
-        if row["image"].startswith("sha256:"):
-            return Candidate(None, partial(self.spill.picture, int(self.keys.first[number])))
-        return Candidate(row["image"])
+    def _named(self, row: dict[str, Any]) -> list[str]:
+        """The pictures of an identity that are used, its first row's, as `rows.RAW` names them."""
+        return [row["image"], *(row["more"] or ())][: self.config.max_references]
+
+    def _candidates(self, number: int, row: dict[str, Any]) -> Iterator[Candidate]:
+        names = self._named(row)
+        if len(names) <= len(row["more"] or ()) and len(names) > 1:
+            most = self.config.max_references
+            self._refuse(
+                row,
+                "too_many_images",
+                f"the pictures after the first {most} are left out; remove them, or raise dataset.max_references",
+            )
+        for place, name in enumerate(names):
+            if name.startswith("sha256:"):
+                yield Candidate(None, partial(self.spill.picture, int(self.keys.first[number]), place))
+            else:
+                yield Candidate(name)
+
+    def _usable(self, row: dict[str, Any], others: Iterable[Picture | ImageError]) -> list[Picture]:
+        """The further pictures that are fit for use; the others are reported and left out."""
+        usable = []
+        for outcome in others:
+            if isinstance(outcome, Picture):
+                usable.append(outcome)
+            else:
+                self._refuse(row, outcome.kind, f"a further picture is left out: {outcome}")
+        return usable
 
     def _refuse(self, row: dict[str, Any], kind: str, message: str) -> None:
         self.problems.add(Problem(kind, message, row["where"], row["identity_id"]))
@@ -210,11 +237,13 @@ def _prompt_ids(given: pa.ChunkedArray, place: np.ndarray) -> pa.ChunkedArray:
     return pc.coalesce(given, pc.binary_join_element_wise("prompt", numbers, ""))
 
 
-def _identity_row(identity_id: str, picture: Picture) -> dict[str, Any]:
+def _identity_row(identity_id: str, picture: Picture, more: Sequence[Picture]) -> dict[str, Any]:
     return {
         "identity_id": identity_id,
         "image": {"bytes": picture.data, "path": picture.uri},
         "image_sha256": picture.sha256,
         "image_width": picture.width,
         "image_height": picture.height,
+        "more_images": [{"bytes": one.data, "path": one.uri} for one in more] or None,
+        "more_images_sha256": [one.sha256 for one in more] or None,
     }

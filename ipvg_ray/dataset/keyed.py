@@ -25,9 +25,9 @@ def join(prompts: Iterable[Prompts], pictures: PictureFolder) -> Iterator[Row]:
     source = iter(prompts)
     while chunk := list(islice(source, _CHUNK)):
         found = pictures.find([identity_id for _, identity_id, _, _ in chunk])
-        for (where, identity_id, value, prompt_id), image in zip(chunk, found, strict=True):
-            missing = None if image else pictures.missing(identity_id)
-            yield from rows_of(identity_id, image, value, prompt_id, where, missing)
+        for (where, identity_id, value, prompt_id), images in zip(chunk, found, strict=True):
+            missing = None if images else pictures.missing(identity_id)
+            yield from rows_of(identity_id, images, value, prompt_id, where, missing)
 
 
 def from_records(records: Iterable[Record], reading: Reading) -> Iterator[Prompts]:

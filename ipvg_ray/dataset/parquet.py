@@ -52,7 +52,8 @@ def _read_file(file: Place, reading: Reading) -> Iterator[pa.RecordBatch]:
             raise DatasetError(missing_columns(file.uri, missing, found.names))
         optional = [columns.prompt_id] if columns.prompt_id in found.names else []
         wanted = [columns.identity_id, columns.image, columns.prompt, *optional]
-        size = _ROWS if _is_text(found.field(columns.image).type) else _ROWS_WITH_PICTURES
+        kind = found.field(columns.image).type
+        size = _ROWS if _is_text(kind.value_type if _is_list(kind) else kind) else _ROWS_WITH_PICTURES
         row = 1
         for batch in parquet.iter_batches(size, columns=wanted):
             yield _convert(batch, columns, file, base, row, reading)
@@ -72,7 +73,7 @@ def _convert(
     ids = _as_text(batch[columns.identity_id], columns.identity_id, file)
     numbers = pa.array(np.arange(first, first + len(batch))).cast(pa.string())
     where = pc.binary_join_element_wise(f"{file.uri}:row ", numbers, "")
-    images, data, reasons = _pictures(batch[columns.image], columns.image, base, file)
+    images, data, more, more_data, reasons = _all_pictures(batch[columns.image], columns.image, base, file)
     for row in np.flatnonzero(pc.equal(pc.fill_null(pc.utf8_length(ids), 0), 0)):
         reasons[int(row)] = f"the row has no value for {columns.identity_id!r}; give it one"
     names = batch[columns.prompt_id] if columns.prompt_id in batch.schema.names else None
@@ -88,7 +89,7 @@ def _convert(
     kind = pc.if_else(bad, "unreadable_row", none)
     message = pc.if_else(bad, "the row has no prompt; give it a text or a list of texts", none)
     parts = [ids.take(rows), images.take(rows), data.take(rows), prompts, prompt_ids, where.take(rows), kind, message]
-    return pa.RecordBatch.from_arrays(parts, schema=RAW)
+    return pa.RecordBatch.from_arrays([*parts, more.take(rows), more_data.take(rows)], schema=RAW)
 
 
 def _as_text(values: pa.Array, column: str, file: Place) -> pa.Array:
@@ -97,6 +98,30 @@ def _as_text(values: pa.Array, column: str, file: Place) -> pa.Array:
     if not (_is_text(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)):
         raise DatasetError(f"{file.uri}: column {column!r} is {values.type}, not text")
     return values.cast(kind).cast(pa.string())
+
+
+def _all_pictures(
+    values: pa.Array, column: str, base: Place, file: Place
+) -> tuple[pa.Array, pa.Array, pa.Array, pa.Array, dict[int, str]]:
+    """RAW's columns image, image_bytes, more and more_bytes, and row number to reason where a picture is not named."""
+    nothing = (pa.nulls(len(values), RAW.field(name).type) for name in ("more", "more_bytes"))
+    if not _is_list(values.type):
+        images, data, reasons = _pictures(values, column, base, file)
+        return images, data, *nothing, reasons
+    images, data, flat_reasons = _pictures(pc.list_flatten(values), column, base, file)
+    lengths = pc.fill_null(pc.list_value_length(values), 0).to_numpy()
+    ends = np.cumsum(lengths)
+    firsts = pa.array(ends - lengths, mask=lengths == 0)
+    owner = pc.list_parent_indices(values).to_numpy()
+    reasons = {int(owner[place]): reason for place, reason in sorted(flat_reasons.items(), reverse=True)}
+    reasons |= {int(row): f"the row has no picture in {column!r}; give it one" for row in np.flatnonzero(lengths == 0)}
+    rest = np.ones(len(images), bool)
+    rest[(ends - lengths)[lengths > 0]] = False
+    offsets = pa.array(np.concatenate([[0], np.cumsum(np.maximum(lengths - 1, 0))]).astype(np.int32))
+    more = [pa.ListArray.from_arrays(offsets, a.filter(pa.array(rest))) for a in (images, data)]
+    several = pa.array(lengths > 1)
+    more = [pc.if_else(several, a, pa.scalar(None, a.type)) for a in more]
+    return images.take(firsts), data.take(firsts), *more, reasons
 
 
 def _pictures(values: pa.Array, column: str, base: Place, file: Place) -> tuple[pa.Array, pa.Array, dict[int, str]]:

@@ -48,9 +48,10 @@ class Parts:
         self._close()
 
     def add_row(self, row: dict[str, Any]) -> None:
-        """Append one row; only its picture's bytes count for the size of the row group."""
+        """Append one row; only its pictures' bytes count for the size of the row group."""
         self._pending.append(row)
-        self._pending_bytes += len((row.get("image") or {}).get("bytes") or b"")
+        pictures = [row.get("image"), *(row.get("more_images") or ())]
+        self._pending_bytes += sum(len((one or {}).get("bytes") or b"") for one in pictures)
         if len(self._pending) >= self._group_rows or self._pending_bytes >= self._group_bytes:
             self._settle()
 

@@ -1,8 +1,9 @@
-"""Pictures by identity in a folder: `<id>.png`, or `<id>/image.png`."""
+"""Pictures by identity in a folder: `<id>.png`, or `<id>/image.png` and further ones as `<id>/image*.png`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import pyarrow as pa
@@ -61,35 +62,50 @@ class PictureFolder:
         for stem, name in zip(self._stems.filter(rest), self._names.filter(rest), strict=True):
             yield stem.as_py(), self.folder.child(name.as_py()).uri
 
-    def find(self, ids: list[str]) -> list[str | None]:
-        """URI of each identity's picture, None where there is none."""
+    def find(self, ids: list[str]) -> list[list[str]]:
+        """URIs of each identity's pictures, [] where there is none."""
         wanted = pa.array([_storable(i) for i in ids], pa.large_string())
         by_stem = pc.index_in(wanted, value_set=self._stems).to_pylist()
         in_folder = pc.is_in(wanted, value_set=self._folders).to_pylist()
-        found: list[str | None] = []
+        found: list[list[str]] = []
         for identity_id, at, inside in zip(ids, by_stem, in_folder, strict=True):
-            picture = self._inside(identity_id) if inside else None
-            if picture is None and at is not None:
-                picture = self.folder.child(self._names[at].as_py()).uri
-            found.append(picture)
+            pictures = self._inside(identity_id) if inside else []
+            if not pictures and at is not None:
+                pictures = [self.folder.child(self._names[at].as_py()).uri]
+            found.append(pictures)
         return found
 
     def missing(self, identity_id: str) -> str:
         """Where an identity's picture was looked for."""
         endings = ", ".join(SUFFIXES)
-        return f"no picture: looked for {identity_id}/image.* and {identity_id}.* ({endings}) in {self.folder.uri}"
+        return f"no picture: looked for {identity_id}/image*.* and {identity_id}.* ({endings}) in {self.folder.uri}"
 
-    def _inside(self, identity_id: str) -> str | None:
+    def _inside(self, identity_id: str) -> list[str]:
         folder = self.folder.child(identity_id)
         try:
             files, _ = folder.names()
         except DatasetError:
-            return None  # named as missing_image by the caller
-        for suffix in SUFFIXES:
-            for name in files:
-                if name.lower() == f"image{suffix}":
-                    return folder.child(name).uri
-        return None
+            return []  # named as missing_image by the caller
+        return [folder.child(name).uri for name in references(files)[0]]
+
+
+def references(files: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Names of an identity's pictures among the files of its folder, `image*` with a picture's ending.
+
+    Returns:
+        Those to use: `image.png` first, then `image2.png`, … by number; and those left out because another file of
+        the same stem is used, `image.jpg` beside `image.png`.
+    """
+    pictures = [name for name in files if name.lower().startswith("image") and is_picture(name)]
+    by_preference = sorted(pictures, key=lambda name: SUFFIXES.index("." + name.lower().rpartition(".")[2]))
+    used: dict[str, str] = {}
+    doubled = [name for name in by_preference if used.setdefault(name.lower().rpartition(".")[0], name) != name]
+    return [used[stem] for stem in sorted(used, key=natural)], doubled
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sorts prompt10 behind prompt9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _storable(text: str) -> str | None:

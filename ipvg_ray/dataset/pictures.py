@@ -8,8 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from PIL import UnidentifiedImageError
-
 from ipvg_ray.config import DatasetConfig
 from ipvg_ray.dataset.places import open_place, ordered_map
 from ipvg_ray.dataset.problems import DatasetError
@@ -52,8 +50,6 @@ def verify_all(candidates: Iterable[Candidate], config: DatasetConfig, threads: 
 def _verify(candidate: Candidate, config: DatasetConfig) -> Picture | ImageError:
     try:
         data = candidate.load() if candidate.load else _read(candidate.uri or "")
-        if not data:
-            raise ImageError("broken_image", "it is empty")
         height, width = decode(data, config.max_image_pixels).shape[:2]
         least = config.min_image_side
         if min(width, height) < least:
@@ -66,8 +62,7 @@ def _verify(candidate: Candidate, config: DatasetConfig) -> Picture | ImageError
 
 
 def _explained(error: ImageError, name: str, config: DatasetConfig) -> ImageError:
-    """The same refusal with the picture's name and the mend; what Pillow says of a stream in memory is no help."""
-    cause = error.__cause__
+    """The same refusal with the picture's name and the mend."""
     if error.kind == "image_too_large":
         most = config.max_image_pixels
         return ImageError(
@@ -75,7 +70,7 @@ def _explained(error: ImageError, name: str, config: DatasetConfig) -> ImageErro
         )
     if error.kind != "broken_image":
         return error
-    reason = "it is no picture of a known kind" if isinstance(cause, UnidentifiedImageError) else cause or error
+    reason = str(error).removeprefix("cannot decode the picture: ")
     return ImageError("broken_image", f"{name} cannot be decoded ({reason}); replace it")
 
 

@@ -1,10 +1,11 @@
-"""CSV, JSONL, and the challenge's `eval.json`: every row names its picture and its prompt or prompts.
+"""CSV, JSONL, and the challenge's `eval.json`: every row names its pictures and its prompts.
 
 Source of the last: the IPVG challenge's 2026 edition, an array of `{img, prompt}`.
 """
 
 from __future__ import annotations
 
+import json
 import posixpath
 from collections.abc import Iterable, Iterator
 
@@ -59,13 +60,29 @@ def _rows(records: Iterable[Record], columns: Columns, place: Place, reading: Re
     for where, record in records:
         identity_id = ""
         try:
-            image = _picture(record.get(columns.image), columns.image)
+            images = _pictures(record.get(columns.image), columns.image)
             identity_id = text_of(record.get(columns.identity_id), columns.identity_id)
-            uri = reference(base, image)
+            uris = [reference(base, image) for image in images]
         except UnreadableError as error:
             reading.problems.add(Problem("unreadable_row", str(error), where, identity_id))
             continue
-        yield from rows_of(identity_id, uri, record.get(columns.prompt), record.get(columns.prompt_id), where)
+        yield from rows_of(identity_id, uris, record.get(columns.prompt), record.get(columns.prompt_id), where)
+
+
+def _pictures(value: object, column: str) -> list[str]:
+    """The pictures a row names: one, or a list of them, which CSV writes as JSON: `["a.png", "b.png"]`."""
+    if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise UnreadableError(
+                f'{column!r} looks like a list of pictures and is not JSON ({error}); write ["a.png", "b.png"]'
+            ) from None
+    if not isinstance(value, list):
+        return [_picture(value, column)]
+    if not value:
+        raise UnreadableError(f"the list of pictures in {column!r} is empty; give it one")
+    return [_picture(one, column) for one in value]
 
 
 def _picture(value: object, column: str) -> str:

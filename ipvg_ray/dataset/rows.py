@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +25,8 @@ RAW = pa.schema(
         "where": pa.string(),
         "kind": pa.string(),  # a problem of this row that the reader found
         "message": pa.string(),
+        "more": pa.list_(pa.string()),  # further pictures of the person, as `image`; null: none
+        "more_bytes": pa.list_(pa.binary()),  # the bytes of those that the input carried, null for paths
     }
 )
 """Schema of the readers' batches."""
@@ -40,6 +42,7 @@ class Row(NamedTuple):
     where: str
     kind: str | None = None
     message: str | None = None
+    more: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def pack(rows: Iterable[Row], problems: Problems) -> Iterator[pa.RecordBatch]:
 
 
 def _encodable(row: Row, problems: Problems) -> Row | None:
-    if _is_utf8(row.identity_id) and _is_utf8(row.prompt_id) and _is_utf8(row.image):
+    if all(map(_is_utf8, (row.identity_id, row.prompt_id, row.image, *(row.more or ())))):
         if _is_utf8(row.prompt):
             return row if _is_utf8(row.where) else row._replace(where=storable(row.where))
         message = "the prompt is not UTF-8; save the file in that encoding"
@@ -116,7 +119,7 @@ def _is_utf8(text: str | None) -> bool:
 def _batch(rows: list[Row]) -> pa.RecordBatch:
     columns = dict(zip(Row._fields, zip(*rows, strict=True), strict=True))
     arrays = [
-        pa.nulls(len(rows), field.type) if field.name == "image_bytes" else pa.array(columns[field.name], field.type)
+        pa.array(columns[field.name], field.type) if field.name in columns else pa.nulls(len(rows), field.type)
         for field in RAW
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=RAW)
@@ -171,28 +174,35 @@ def _name(value: object) -> str | None:
 
 
 def rows_of(
-    identity_id: str, image: str | None, value: object, prompt_id: object, where: str, missing: str | None = None
+    identity_id: str,
+    images: Sequence[str],
+    value: object,
+    prompt_id: object,
+    where: str,
+    missing: str | None = None,
 ) -> list[Row]:
     """The rows of one identity's prompts, as `prompts_of` understands `value`.
 
     Args:
+        images: absolute paths or URIs of its pictures, the first of them its own; none where there is no picture.
         missing: where there is no picture, the sentence that says where it was looked for.
     """
+    image, more = (images[0] if images else None), tuple(images[1:]) or None
     kind = "missing_image" if image is None else None
     try:
         pairs = prompts_of(value, prompt_id)
     except UnreadableError as error:
         if kind:
             return [Row(identity_id, None, None, None, where, kind, missing)]
-        return [Row(identity_id, image, None, None, where, "unreadable_row", str(error))]
+        return [Row(identity_id, image, None, None, where, "unreadable_row", str(error), more)]
     if not pairs:
-        return [Row(identity_id, image, None, None, where, kind, missing)]
+        return [Row(identity_id, image, None, None, where, kind, missing, more)]
     rows = []
     for name, text in pairs:
         if text is None and kind is None:
-            rows.append(Row(identity_id, image, None, name, where, "unreadable_row", "the prompt is not a text"))
+            rows.append(Row(identity_id, image, None, name, where, "unreadable_row", "the prompt is not a text", more))
         else:
-            rows.append(Row(identity_id, image, text, name, where, kind, missing))
+            rows.append(Row(identity_id, image, text, name, where, kind, missing, more))
     return rows
 
 

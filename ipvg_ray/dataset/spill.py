@@ -59,10 +59,12 @@ class Spill:
         back[order] = np.arange(len(rows))
         return table if np.array_equal(back, np.arange(len(rows))) else table.take(pa.array(back))
 
-    def picture(self, row: int) -> bytes:
-        """The picture's bytes that a row carries."""
+    def picture(self, row: int, number: int = 0) -> bytes:
+        """The bytes that a row carries of one of its pictures; 0 is the identity's first."""
         batch = int(np.searchsorted(self.starts, row, side="right")) - 1
-        value: bytes = self.batches[batch].column("image_bytes")[row - int(self.starts[batch])].as_py()
+        columns, place = self.batches[batch], row - int(self.starts[batch])
+        cell = columns.column("more_bytes")[place][number - 1] if number else columns.column("image_bytes")[place]
+        value: bytes = cell.as_py()
         return value
 
 
@@ -80,13 +82,15 @@ def _joined(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def _once(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """The batch with a picture's bytes only in the first row of each identity that has that picture."""
-    data = batch.column("image_bytes")
-    if data.null_count == len(data):
+    """The batch with pictures' bytes only in the first row of each identity that has that picture."""
+    carried = [name for name in ("image_bytes", "more_bytes") if batch.column(name).null_count < len(batch)]
+    if not carried:
         return batch
     keys = pc.binary_join_element_wise(batch.column("identity_id"), batch.column("image"), "\0")
     codes = pc.fill_null(keys, "").dictionary_encode().indices.to_numpy()
     first = np.zeros(len(batch), bool)
     first[np.unique(codes, return_index=True)[1]] = True
-    kept = pc.if_else(pa.array(first), data, pa.scalar(None, pa.binary()))
-    return batch.set_column(batch.schema.get_field_index("image_bytes"), RAW.field("image_bytes"), kept)
+    for name in carried:
+        kept = pc.if_else(pa.array(first), batch.column(name), pa.scalar(None, RAW.field(name).type))
+        batch = batch.set_column(batch.schema.get_field_index(name), RAW.field(name), kept)
+    return batch

@@ -1,5 +1,7 @@
 """The VIP-200K layout: `raw/idNNN/image.png` and `prompt1.txt` … beside it; `raw` may be left out.
 
+Further pictures of a person lie beside the first as `image2.png` and so on, which the published set has none of.
+
 Source: the sample data of github.com/rain152/IPVG.
 """
 
@@ -12,7 +14,7 @@ from functools import partial
 
 import pyarrow as pa
 
-from ipvg_ray.dataset.picture_folder import SUFFIXES
+from ipvg_ray.dataset.picture_folder import natural, references
 from ipvg_ray.dataset.places import Place, ordered_map
 from ipvg_ray.dataset.problems import DatasetError, Problem
 from ipvg_ray.dataset.rows import Reading, Row, pack
@@ -55,14 +57,15 @@ def _identity(root: Place, name: str) -> tuple[list[Row], Problem | None]:
         files, _ = folder.names()
     except DatasetError as error:
         return [], Problem("unreadable_row", f"{error}; make the folder readable", folder.uri, name)
-    pictures = [file for suffix in SUFFIXES for file in files if file.lower() == f"image{suffix}"]
-    prompts = sorted((file for file in files if _PROMPT.fullmatch(file)), key=_natural)
+    pictures, doubled = references(files)
+    prompts = sorted((file for file in files if _PROMPT.fullmatch(file)), key=natural)
     problem = None
-    if len(pictures) > 1:
-        message = f"a second picture beside {pictures[0]}, which is used; keep one of them"
-        problem = Problem("duplicate_identity", message, folder.child(pictures[1]).uri, name)
+    if doubled:
+        message = f"another picture of the same name beside {', '.join(pictures)}, which is used; keep one of them"
+        problem = Problem("duplicate_identity", message, folder.child(doubled[0]).uri, name)
     if pictures:
-        bare = Row(name, folder.child(pictures[0]).uri, None, None, folder.uri)
+        first, *more = (folder.child(file).uri for file in pictures)
+        bare = Row(name, first, None, None, folder.uri, more=tuple(more) or None)
     else:
         missing = f"no image.png, .jpg, .jpeg or .webp in {folder.uri}; put one there"
         bare = Row(name, None, None, None, folder.uri, "missing_image", missing)
@@ -80,8 +83,3 @@ def _prompt_row(row: Row, file: Place) -> Row:
         return row._replace(kind="prompt_encoding", message=message)
     except OSError as error:
         return row._replace(kind="unreadable_row", message=f"{error}; make the file readable")
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts prompt10 behind prompt9."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -5,19 +5,19 @@ A pack is a folder of ONNX files (`buffalo_l`, `antelopev2`); see https://github
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 
-logger = logging.getLogger(__name__)
+from ipvg_ray.models import files
+from ipvg_ray.models.face_networks import Detector, chunks, embeddings, gender_age, landmarks
+from ipvg_ray.models.face_pack import Provider, open_pack
 
 Choice = Literal["largest", "centre", "confident", "error"]
-CUDA = "CUDAExecutionProvider"
 MODULES = ("detection", "landmark_2d_106", "genderage", "recognition")
 
 
@@ -40,6 +40,7 @@ class Face:
         landmarks_106: float32 (106, 2) in insightface's order, or None where the pack has no such model.
         embedding: float32 (512,), raw as the network gives it, or None.
         gender: `female`, `male` or None.
+        gender_probability: how sure the model is of it, 0.5 to 1, or None.
         age: years, or None.
     """
 
@@ -49,6 +50,7 @@ class Face:
     landmarks_106: np.ndarray | None = None
     embedding: np.ndarray | None = None
     gender: Literal["female", "male"] | None = None
+    gender_probability: float | None = None
     age: float | None = None
 
     @property
@@ -56,7 +58,12 @@ class Face:
         """The embedding scaled to length 1, or None where there is none."""
         if self.embedding is None:
             return None
-        return (self.embedding / max(float(np.linalg.norm(self.embedding)), 1e-12)).astype(np.float32)
+        return (self.embedding / max(self.embedding_norm or 0.0, 1e-12)).astype(np.float32)
+
+    @property
+    def embedding_norm(self) -> float | None:
+        """Length of the raw embedding, which is lower for faces the network is less sure of; None without one."""
+        return None if self.embedding is None else float(np.linalg.norm(self.embedding))
 
     @property
     def area(self) -> float:
@@ -70,7 +77,7 @@ class Face:
 
 
 class FaceAnalyser:
-    """One insightface pack, loaded.
+    """One insightface pack, loaded. Its methods may be called from several threads at once.
 
     Args:
         pack: the pack's folder.
@@ -78,15 +85,19 @@ class FaceAnalyser:
             until a face is found: a detector misses faces that fill a large square.
         det_threshold: confidence from which a detection is a face, 0 to 1.
         modules: insightface's names of the models to load where the pack has them; `detection` is always among them.
-        device: `cpu` or `cuda`; without an onnxruntime that knows CUDA the CPU is used, with a warning.
+        device: what the worker was given, `cpu` or `cuda`.
         threads: threads per model.
+        provider: what onnxruntime runs on; see `face_pack.providers`.
+        batch: pictures or faces that go through a network at once. Results then differ in the last bits from one at a
+            time, and a CPU gains nothing by it.
 
     Attributes:
         modules: names of the models that were loaded.
+        detector_key: equal in two analysers that find the same faces: hash of the detector's file, and its settings.
 
     Raises:
         FileNotFoundError: where the folder is missing or holds no detector.
-        ValueError: for no or impossible `det_sizes`.
+        ValueError: for no or impossible `det_sizes`, a detector without key points, or a `provider` that cannot run.
     """
 
     def __init__(
@@ -98,16 +109,26 @@ class FaceAnalyser:
         modules: Sequence[str] = MODULES,
         device: str = "cpu",
         threads: int = 1,
+        provider: Provider = "auto",
+        batch: int = 1,
     ) -> None:
         if not det_sizes or any(size < 32 or size % 32 for size in det_sizes):
             raise ValueError(f"det_sizes is {list(det_sizes)}; give at least one, each a positive multiple of 32")
-        self.det_sizes = tuple(det_sizes)
-        self._app = _load(_checked(pack), {"detection", *modules}, device, threads)
-        self.modules = frozenset(self._app.models)
-        self._app.prepare(ctx_id=0, det_thresh=det_threshold, det_size=(det_sizes[0], det_sizes[0]))
+        app = open_pack(pack, {"detection", *modules}, device=device, provider=provider, threads=threads)
+        app.prepare(ctx_id=0, det_thresh=det_threshold, det_size=(det_sizes[0], det_sizes[0]))
+        if not app.det_model.use_kps:
+            raise ValueError(f"the detector in {pack} finds no key points; use a pack whose detector does")
+        self.modules = frozenset(app.models)
+        self.batch = batch
+        self._models: dict[str, Any] = app.models
+        self._detector = Detector(app.det_model, batch)
+        fixed = app.det_model.static_input_size
+        self.det_sizes = (fixed[0],) if fixed else tuple(det_sizes)
+        digest = files.sha256_file(Path(app.det_model.model_file))
+        self.detector_key = digest, self.det_sizes, det_threshold
 
     def faces(self, rgb: np.ndarray) -> list[Face]:
-        """All faces found at the first of `det_sizes` that shows any; [] where none does.
+        """All faces found at the first of `det_sizes` that shows any, with all that the pack tells; [] for none.
 
         Args:
             rgb: uint8 (H, W, 3).
@@ -115,21 +136,55 @@ class FaceAnalyser:
         Raises:
             ValueError: for any other array.
         """
-        if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or not rgb.size:
-            raise ValueError(f"a picture must be uint8 (H, W, 3), not {rgb.dtype} {rgb.shape}")
-        bgr = np.ascontiguousarray(rgb[:, :, ::-1])
+        return self.describe([(rgb, face) for face in self.detect([rgb])[0]])
+
+    def detect(self, pictures: Sequence[np.ndarray]) -> list[list[Face]]:
+        """Box, score and five landmarks of each picture's faces, found at the first of `det_sizes` that shows any.
+
+        Args:
+            pictures: uint8 (H, W, 3) each, RGB.
+
+        Raises:
+            ValueError: for any other array.
+        """
+        bgr = [_bgr(rgb) for rgb in pictures]
+        found: list[list[Face]] = [[] for _ in pictures]
         for size in self.det_sizes:
-            if size * min(rgb.shape[:2]) < max(rgb.shape[:2]):
-                continue  # fitted into the square, so thin a picture would have no pixel left across
-            # Only the detector is prepared again: preparing every model could set up sessions anew.
-            self._app.det_model.prepare(0, input_size=(size, size))
-            with warnings.catch_warnings():
-                # insightface calls a function of scikit-image that is to go; it would say so for every face.
-                warnings.filterwarnings("ignore", message=".*estimate.* is deprecated", category=FutureWarning)
-                found = self._app.get(bgr)
-            if found:
-                return [_face(f) for f in found]
-        return []
+            # Fitted into the square, a picture thinner than that would have no pixel left across.
+            left = [i for i, p in enumerate(bgr) if not found[i] and size * min(p.shape[:2]) >= max(p.shape[:2])]
+            for i, (boxes, points) in zip(left, self._detector.detect([bgr[i] for i in left], size), strict=True):
+                found[i] = [_face(box, kps) for box, kps in zip(boxes, points, strict=True)]
+        return found
+
+    def describe(self, found: Sequence[tuple[np.ndarray, Face]]) -> list[Face]:
+        """The same faces with what the pack's other models tell of them.
+
+        Args:
+            found: pictures as `detect` takes them, each with one face on it.
+        """
+        bgr = {id(rgb): rgb for rgb, _ in found}  # of a crowd's picture one copy, not one per face
+        bgr = {key: _bgr(rgb) for key, rgb in bgr.items()}
+        described: list[Face] = []
+        for part in chunks(found, self.batch):
+            described += self._described([bgr[id(rgb)] for rgb, _ in part], [face for _, face in part])
+        return described
+
+    def _described(self, pictures: Sequence[np.ndarray], faces: Sequence[Face]) -> list[Face]:
+        boxes = [face.box for face in faces]
+        told: list[dict[str, Any]] = [{} for _ in faces]
+        if model := self._models.get("landmark_2d_106"):
+            for one, points in zip(told, landmarks(model, pictures, boxes), strict=True):
+                one["landmarks_106"] = points
+        if model := self._models.get("genderage"):
+            for one, (male, age) in zip(told, gender_age(model, pictures, boxes).tolist(), strict=True):
+                is_male = male > 0.5  # a tie is female, as insightface has it
+                one |= {"gender": "male" if is_male else "female", "age": age}
+                one["gender_probability"] = male if is_male else 1 - male
+        if model := self._models.get("recognition"):
+            raw = embeddings(model, pictures, [face.landmarks_5 for face in faces])
+            for one, embedding in zip(told, raw, strict=True):
+                one["embedding"] = embedding
+        return [replace(face, **one) for face, one in zip(faces, told, strict=True)]
 
 
 def choose(faces: Sequence[Face], how: Choice, size: tuple[int, int]) -> Face:
@@ -180,64 +235,12 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
     return common / union if union > 0 else 0.0
 
 
-def _checked(pack: Path) -> Path:
-    pack = Path(pack).expanduser().resolve()
-    if not pack.is_dir():
-        raise FileNotFoundError(
-            f"no insightface pack at {pack}; unpack {pack.name}.zip there, or set models.root to where the packs are"
-        )
-    if not any(pack.glob("*.onnx")):
-        nested = pack / pack.name  # antelopev2.zip holds a folder of its own name
-        hint = f"; move them up from {nested}" if nested.is_dir() else ""
-        raise FileNotFoundError(f"{pack} holds no .onnx files{hint}")
-    return pack
+def _bgr(rgb: np.ndarray) -> np.ndarray:
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[2] != 3 or not rgb.size:
+        raise ValueError(f"a picture must be uint8 (H, W, 3), not {rgb.dtype} {rgb.shape}")
+    return np.asarray(cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR))
 
 
-def _load(pack: Path, modules: set[str], device: str, threads: int) -> Any:
-    import onnxruntime
-    from insightface.app import FaceAnalysis
-
-    onnxruntime.set_default_logger_severity(3)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = threads
-    options.log_severity_level = 3
-    providers = _providers(device, onnxruntime.get_available_providers())
-    if CUDA in providers and hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()  # insightface does so only where it chooses the providers itself
-    try:
-        app = FaceAnalysis(
-            name=str(pack),  # a folder is taken as it is; a bare name would be downloaded where it is missing
-            allowed_modules=sorted(modules),
-            providers=providers,
-            sess_options=options,
-            static_shape_sessions=False,  # one session serves every size, instead of one more for each
-        )
-    except AssertionError as error:
-        raise FileNotFoundError(f"{pack} holds no face detector; unpack the whole pack there") from error
-    if CUDA in providers and CUDA not in app.det_model.session.get_providers():
-        logger.warning("onnxruntime could not start CUDA (its libraries or cuDNN are missing); faces run on the CPU")
-    return app
-
-
-def _providers(device: str, available: Sequence[str]) -> list[str]:
-    """onnxruntime's providers for a device, best first."""
-    if device.startswith("cuda"):
-        if CUDA in available:
-            return [CUDA, "CPUExecutionProvider"]
-        logger.warning("this onnxruntime has no CUDA; faces run on the CPU (install onnxruntime-gpu)")
-    return ["CPUExecutionProvider"]
-
-
-def _face(found: Any) -> Face:
-    """Our face from insightface's, whose missing fields are None."""
-    landmarks, embedding = found.landmark_2d_106, found.embedding
-    return Face(
-        box=np.asarray(found.bbox, np.float32),
-        score=float(found.det_score),
-        landmarks_5=np.asarray(found.kps, np.float32),
-        landmarks_106=None if landmarks is None else np.asarray(landmarks, np.float32),
-        embedding=None if embedding is None else np.asarray(embedding, np.float32),
-        gender=None if found.gender is None else ("male" if found.gender == 1 else "female"),
-        age=None if found.age is None else float(found.age),
-    )
+def _face(box: np.ndarray, points: np.ndarray) -> Face:
+    """A face from a detector's box with its score (5,) and key points (5, 2)."""
+    return Face(np.asarray(box[:4], np.float32), float(box[4]), np.asarray(points, np.float32))

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from ipvg_ray import schema
 from ipvg_ray.report import facts, scores
 from ipvg_ray.report.embed import Budget, Clip, Picture, clip, picture
+from ipvg_ray.report.identities import IdentityFacts, describe, pixels
 from ipvg_ray.report.lookup import Lookup
 from ipvg_ray.report.progress import FAILED, FINISHED, Progress, group_failures
 from ipvg_ray.storage import RunPath
@@ -22,8 +23,9 @@ LISTED = 5000
 TRACEBACKS = 20
 """Failures of one kind whose traceback the list carries; they are mostly the same."""
 
-_REFERENCE_SIDE, _MATTE_SIDE, _FRAME_SIDE = 400, 200, 640  # pixels: about twice the places they fill on the page
+_FRAME_SIDE = 640  # pixels: about twice the place it fills on the page
 _MADE_BY = ("matting", "prompts", "first_frame", "video", "evaluate")  # stages with a place of their own on a row
+_DRAWN = ("face_box", "landmarks_5", "landmarks_106")
 _FAILURE_COLUMNS = ("stage", "identity_id", "sample_id", "kind", "message", "where", "attempt", "failed_at")
 
 
@@ -86,15 +88,9 @@ class SampleView:
 
 
 @dataclass
-class IdentityView:
-    """One identity's group. `box` is the face on the reference as x, y, width, height, each a share of 0 to 1."""
+class IdentityView(IdentityFacts):
+    """One identity's group: what is known of the person, and the person's samples."""
 
-    identity_id: str
-    reference: Picture
-    matte: Picture
-    cutout: Picture
-    box: tuple[float, float, float, float] | None
-    facts: list[str]
     samples: list[SampleView]
 
 
@@ -114,7 +110,9 @@ def sample_views(run_dir: RunPath, progress: Progress, chosen: np.ndarray, budge
     anchors = {sample_id: f"s{number}" for number, sample_id in enumerate(ids, 1)}
     for owner, members in groups.items():
         samples = [_sample(s, anchors[s], status[s], rows, failures.get(s), progress, budget) for s in members]
-        views.append(_identity(owner, people, samples, budget))
+        own = {name: table.get(owner, {}) for name, table in people.items()}
+        absent = next((sample.missing["matting"] for sample in samples), "")
+        views.append(IdentityView(**vars(describe(owner, own, absent, budget)), samples=samples))
     for view in views:
         for sample in view.samples:
             sample.clip = clip(run_dir, sample.video.get("video_uri"), budget)
@@ -155,9 +153,14 @@ def _read_identities(run_dir: RunPath, progress: Progress, ids: list[str]) -> di
 
 
 def _all_columns(table: str) -> list[str]:
-    """A table's columns that the page can use; embeddings and landmarks are not among them."""
+    """A table's columns that the page can use; of vectors those that are drawn, so no embeddings."""
     columns = schema.table(table).columns.values()
-    return [*(c.name for c in columns if not pa.types.is_fixed_size_list(c.type) or c.name == "face_box"), "seconds"]
+    return [*(c.name for c in columns if c.name in _DRAWN or not _holds_vectors(c.type)), "seconds"]
+
+
+def _holds_vectors(kind: pa.DataType) -> bool:
+    inner = kind.value_type if pa.types.is_list(kind) else kind
+    return bool(pa.types.is_fixed_size_list(inner))
 
 
 def _read_failures(failures: Lookup, places: np.ndarray, *, traceback: bool) -> list[FailureView]:
@@ -227,7 +230,7 @@ def _sample(
         status={FAILED: "failed", FINISHED: "finished"}.get(status, "waiting"),
         prompts=own.get("prompts", {}),
         frame=picture(frame_row.get("first_frame"), _FRAME_SIDE, budget),
-        frame_size=_pixels(frame_row.get("first_frame_width"), frame_row.get("first_frame_height")),
+        frame_size=pixels(frame_row.get("first_frame_width"), frame_row.get("first_frame_height")),
         video=own.get("video", {}),
         scores=_scores(own.get("evaluate", {})),
         failure=failure,
@@ -255,52 +258,3 @@ def _scores(row: Mapping[str, Any]) -> list[ScoreView]:
             sortable = float(value) if isinstance(value, bool) else facts.number(value)
             views.append(ScoreView(column, scores.label(column), doc, sortable, facts.figure(value), value is False))
     return views
-
-
-def _identity(
-    identity_id: str,
-    people: Mapping[str, Mapping[str, Mapping[str, Any]]],
-    samples: list[SampleView],
-    budget: Budget,
-) -> IdentityView:
-    own = {name: table.get(identity_id, {}) for name, table in people.items()}
-    given, face, matting = own["identities"], own.get("faces", {}), own.get("matting", {})
-    absent = Picture(None, next((sample.missing["matting"] for sample in samples), ""))
-    return IdentityView(
-        identity_id=identity_id,
-        reference=picture(given.get("image"), _REFERENCE_SIDE, budget, sha256=given.get("image_sha256")),
-        matte=picture(matting.get("matte"), _MATTE_SIDE, budget, grey=True) if matting else absent,
-        cutout=picture(matting.get("id_picture"), _MATTE_SIDE, budget) if matting else absent,
-        box=_box(face.get("face_box"), given.get("image_width"), given.get("image_height")),
-        facts=_identity_facts(given, face, matting),
-        samples=samples,
-    )
-
-
-def _box(
-    corners: Sequence[float] | None, width: int | None, height: int | None
-) -> tuple[float, float, float, float] | None:
-    if not corners or not width or not height:
-        return None
-    x0, x1 = (min(max(corner / width, 0.0), 1.0) for corner in (corners[0], corners[2]))
-    y0, y1 = (min(max(corner / height, 0.0), 1.0) for corner in (corners[1], corners[3]))
-    return x0, y0, x1 - x0, y1 - y0
-
-
-def _identity_facts(given: Mapping[str, Any], face: Mapping[str, Any], matting: Mapping[str, Any]) -> list[str]:
-    found = []
-    if size := _pixels(given.get("image_width"), given.get("image_height")):
-        found.append(size)
-    if face.get("target"):
-        found.append(f"“{face['target']}”")
-    if count := face.get("face_count"):
-        found.append(f"{count} face{'s' if count > 1 else ''} found")
-    if (score := facts.number(face.get("face_score"))) is not None:
-        found.append(f"confidence {score:.2f}")
-    if (share := facts.number(matting.get("person_share"))) is not None:
-        found.append(f"matte covers {share:.0%}")
-    return found
-
-
-def _pixels(width: Any, height: Any) -> str:
-    return f"{width} \N{MULTIPLICATION SIGN} {height}" if width and height else ""

@@ -2,7 +2,8 @@
 
 insightface's own loader takes them for the real ones. The detector truly finds faces (`face_detector`); landmarks are
 an average face's, moved a little by the picture; gender, age and embedding come from random convolutions: they mean
-nothing, but they differ between faces and are the same for the same face.
+nothing, but they differ between faces and are the same for the same face. As in the real packs, both detectors are
+one file under two names.
 """
 
 from __future__ import annotations
@@ -36,9 +37,16 @@ def make(root: Path, seed: int = 0) -> None:
     from skimage.data import lbp_frontal_face_cascade_filename
 
     cascade = read_cascade(Path(lbp_frontal_face_cascade_filename()))
+    detector = b""
     for number, (name, names) in enumerate(PACKS.items()):
         folder = Path(root) / "insightface" / "models" / name
-        write_detector(folder / f"{names['detection']}.onnx", cascade)
+        file = folder / f"{names['detection']}.onnx"
+        if detector:
+            folder.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(detector)
+        else:
+            write_detector(file, cascade)
+            detector = file.read_bytes()
         weights = [np.random.default_rng([seed, number, model]) for model in range(3)]
         _write_recognition(folder / f"{names['recognition']}.onnx", names["embedding"], weights[0])
         _write_landmarks(folder / "2d106det.onnx", weights[1])
