@@ -44,7 +44,7 @@ def pull(
     wanted = names or [
         str(path.relative_to(root))
         for stage in make_stages(settings)
-        for path in stage.models().values()
+        for path in dict.fromkeys((*stage.models().values(), *stage.optional_models().values()))
         if path.is_relative_to(root)
     ]
     items = fetch.plan_pull(wanted, root)

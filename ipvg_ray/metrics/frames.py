@@ -6,6 +6,7 @@ left out), TPIGE (at most 16 or 32), VBench (middles of 8 intervals; every n-th;
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ def middles(count: int) -> Rule:
 
     def rule(n: int, fps: float) -> list[int]:
         bounds = np.linspace(0, n, min(count, n) + 1).astype(int)
-        found = [int(low + high - 1) // 2 for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+        found = [int(low + high - 1) // 2 for low, high in itertools.pairwise(bounds)]
         return found + [found[-1]] * (count - len(found))
 
     return rule

@@ -1,34 +1,60 @@
-"""Scores of a finished video: Arc-Sim against the reference face, and two figures that need no weights."""
+"""Scores of a finished video: the metrics of the papers and of the challenge, from one decode."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ipvg_ray.metrics import catalogue
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
 
 
 class EvaluateStage(Stage):
     """Reads each video back from the run and scores it.
 
-    Failures: `broken_video` where the file does not decode whole.
+    Metrics without their models, or whose terms are not accepted, are left out; every row says which and why.
+
+    Failures: `broken_video` where the file does not decode whole; the kinds of `images.ImageError` for the reference.
     """
 
     name = "evaluate"
     grain = "sample"
-    needs = ("embedding", "video_uri")
+    needs = ("embedding", "video_uri", "image", "prompt")
+    version = 2
 
     def models(self) -> Mapping[str, Path]:
-        return {"pack": self.config.models.path(self.config.evaluate.pack)}
+        """Those that are used: a metric joins or leaves the fingerprint with its models."""
+        paths = self._paths()
+        return {field: paths[field] for field in ("pack", *catalogue.fields_of(self.usable()[0]))}
+
+    def optional_models(self) -> Mapping[str, Path]:
+        paths = self._paths()
+        return {field: paths[field] for field in catalogue.fields_of(self.config.evaluate.metrics)}
+
+    def usable(self) -> tuple[list[str], dict[str, str]]:
+        """Metrics that can be computed, and the reason for each other one that is wanted."""
+        section = self.config.evaluate
+        return catalogue.usable(section.metrics, self._paths(), accept_licence=section.accept_licence)
+
+    def _paths(self) -> dict[str, Path]:
+        section = self.config.evaluate
+        fields = ("pack", *catalogue.fields_of(catalogue.NAMES))
+        return {field: self.config.models.path(getattr(section, field)) for field in fields}
 
     def setup(self, context: StageContext) -> None:
+        import torch
+
+        from ipvg_ray.metrics.scorer import Scorer, Settings
         from ipvg_ray.models.faces import FaceAnalyser
 
         section = self.config.evaluate
+        torch.set_num_threads(context.threads)
         self._run_dir = context.run_dir.rstrip("/")
-        self._analyser = FaceAnalyser(
+        analyser = FaceAnalyser(
             self.models()["pack"],
             det_sizes=(section.det_size,),
             det_threshold=section.det_threshold,
@@ -36,28 +62,47 @@ class EvaluateStage(Stage):
             device=context.device,
             threads=context.threads,
         )
+        names, self._skipped = self.usable()
+        settings = Settings(
+            face_frames=section.frames,
+            clip_swapped=section.clip_swapped,
+            detector_side=section.detector_side,
+            flow_iterations=section.flow_iterations,
+            gme_tokens=section.gme_tokens,
+            batch=section.batch,
+        )
+        self._scorer = Scorer(names, self._paths(), analyser, device=context.device, settings=settings)
+        self._crop_of = lru_cache(maxsize=64)(self._crop)  # an identity's samples mostly follow each other
 
     def process(self, rows: Sequence[Row]) -> Sequence[Row | RowError]:
         return [self._attempt(row) for row in rows]
 
     def _attempt(self, row: Row) -> Row | RowError:
-        from ipvg_ray.media import videos
+        from ipvg_ray.media import images, videos
 
         try:
-            frames = videos.read_frames(f"{self._run_dir}/{row['video_uri']}")
+            frames, fps = videos.read_video(f"{self._run_dir}/{row['video_uri']}")
+            return self._score(row, frames, fps)
         except videos.VideoError as error:
             return RowError("broken_video", f"{row['video_uri']}: {error}")
-        return self._score(frames, np.asarray(row["embedding"], np.float32))
+        except images.ImageError as error:
+            return RowError(error.kind, f"the reference picture: {error}")
 
-    def _score(self, frames: np.ndarray, reference: np.ndarray) -> Row:
-        from ipvg_ray.metrics.arc_sim import arc_sim
-        from ipvg_ray.metrics.motion import motion
+    def _score(self, row: Row, frames: np.ndarray, fps: float | None) -> Row:
+        from ipvg_ray.metrics.frames import Clip
 
         video = self.config.video
-        similarity = arc_sim(frames, reference, self._analyser, self.config.evaluate.frames)
-        return {
-            "arc_sim": similarity.score,
-            "arc_frames": similarity.frames,
-            "frames_ok": frames.shape[:3] == (video.frames, video.height, video.width),
-            "motion": motion(frames),
-        }
+        picture = row["image"]
+        crop = self._crop_of(picture.get("bytes"), picture.get("path"))
+        embedding = np.asarray(row["embedding"], np.float32)
+        scores, reasons = self._scorer.score(Clip(frames, fps or video.fps), row["prompt"], embedding, crop)
+        result: dict[str, Any] = dict.fromkeys(self.table().columns)
+        result |= scores
+        result["frames_ok"] = frames.shape[:3] == (video.frames, video.height, video.width)
+        result["skipped"] = catalogue.told({**self._skipped, **reasons}) or None
+        return result
+
+    def _crop(self, data: bytes | None, path: str | None) -> np.ndarray | None:
+        from ipvg_ray.media import images
+
+        return self._scorer.crop(images.decode(images.image_bytes({"bytes": data, "path": path})))

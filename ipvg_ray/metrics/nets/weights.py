@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -34,8 +36,8 @@ def read(path: Path, inside: Iterable[str] = ("state_dict", "model"), prefix: st
 
             loaded: object = load_file(path)
         else:
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            loaded = torch.load(_opened(path), map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise WeightsError(f"{path} cannot be read as weights: {error}") from error
     for key in inside:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
@@ -46,6 +48,15 @@ def read(path: Path, inside: Iterable[str] = ("state_dict", "model"), prefix: st
     if state and all(key.startswith(prefix) for key in state):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
+
+
+def _opened(path: Path) -> Path | io.BytesIO:
+    """The checkpoint itself, also where it is the one file in a zip archive."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if len(archive.namelist()) == 1:  # torch's own format is a zip archive of several
+                return io.BytesIO(archive.read(archive.namelist()[0]))
+    return path
 
 
 def fill(make: Callable[[], Net], state: Mapping[str, Tensor], path: Path, spare: Iterable[str] = ()) -> Net:
