@@ -103,7 +103,7 @@ class GmeScore:
         """
         text = self.embed_text(prompt)
         parts = in_chunks(len(frames), self.batch)
-        found = torch.cat([self.embed_pictures(frames[part]) @ text[0] for part in parts])
+        found = torch.cat([self.embed_pictures(list(frames[part])) @ text[0] for part in parts])
         return float(found.double().mean())
 
     def _ids(self, instruction: str, content: str) -> list[int]:

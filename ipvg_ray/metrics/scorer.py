@@ -13,7 +13,7 @@ from ipvg_ray.metrics import arc_sim, frames
 from ipvg_ray.metrics.frames import Clip
 from ipvg_ray.metrics.motion import motion
 from ipvg_ray.metrics.overall import overall
-from ipvg_ray.metrics.video_faces import FaceAnalyser, largest_faces
+from ipvg_ray.metrics.video_faces import FaceAnalyser, FoundFace, largest_faces
 
 Score = float | bool | None
 
@@ -68,14 +68,14 @@ class Scorer:
         self._on_faces = {name: _ON_FACES[name](self) for name in self.names if name in _ON_FACES}
         self._on_video = {name: _ON_VIDEO[name](self) for name in self.names if name in _ON_VIDEO}
 
-    def crop(self, reference: np.ndarray) -> np.ndarray | None:
-        """The reference's face as the metrics on aligned faces compare it; None where no face is found on it.
+    @property
+    def wants_crop(self) -> bool:
+        """Whether any of its metrics compares aligned faces."""
+        return bool(self._on_faces)
 
-        Args:
-            reference: the picture, uint8 RGB, (H, W, 3).
-        """
-        found = largest_faces(reference[None], self._analyser)[0] if self._on_faces else None
-        return found.aligned() if found is not None else None
+    def face_on(self, picture: np.ndarray) -> FoundFace | None:
+        """The largest face of a reference picture, uint8 RGB (H, W, 3); None where none is found."""
+        return largest_faces(picture[None], self._analyser)[0]
 
     def score(
         self, clip: Clip, prompt: str, embedding: np.ndarray, crop: np.ndarray | None
@@ -85,7 +85,7 @@ class Scorer:
         Args:
             prompt: the text it was made from.
             embedding: ArcFace embedding of the reference, from the analyser's recogniser.
-            crop: what `crop` gave for the reference.
+            crop: the reference's face, aligned, or None where there is none.
 
         Returns:
             Metric to its value, arc_sim, arc_frames and motion among them, None where the video or the reference has

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ipvg_ray.metrics import catalogue
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
+
+if TYPE_CHECKING:
+    from ipvg_ray.metrics.video_faces import FoundFace
 
 
 class EvaluateStage(Stage):
@@ -72,7 +75,7 @@ class EvaluateStage(Stage):
             batch=section.batch,
         )
         self._scorer = Scorer(names, self._paths(), analyser, device=context.device, settings=settings)
-        self._crop_of = lru_cache(maxsize=64)(self._crop)  # an identity's samples mostly follow each other
+        self._face_on = lru_cache(maxsize=64)(self._find)  # an identity's samples mostly follow each other
 
     def process(self, rows: Sequence[Row]) -> Sequence[Row | RowError]:
         return [self._attempt(row) for row in rows]
@@ -83,6 +86,8 @@ class EvaluateStage(Stage):
         try:
             frames, fps = videos.read_video(f"{self._run_dir}/{row['video_uri']}")
             return self._score(row, frames, fps)
+        except RowError as error:
+            return error
         except videos.VideoError as error:
             return RowError("broken_video", f"{row['video_uri']}: {error}")
         except images.ImageError as error:
@@ -91,18 +96,30 @@ class EvaluateStage(Stage):
     def _score(self, row: Row, frames: np.ndarray, fps: float | None) -> Row:
         from ipvg_ray.metrics.frames import Clip
 
-        video = self.config.video
-        picture = row["image"]
-        crop = self._crop_of(picture.get("bytes"), picture.get("path"))
-        embedding = np.asarray(row["embedding"], np.float32)
-        scores, reasons = self._scorer.score(Clip(frames, fps or video.fps), row["prompt"], embedding, crop)
+        clip = Clip(frames, fps or self.config.video.fps)
+        scores, reasons = self._scorer.score(clip, row["prompt"], self._embedding(row), self._crop(row))
         result: dict[str, Any] = dict.fromkeys(self.table().columns)
         result |= scores
-        result["frames_ok"] = frames.shape[:3] == (video.frames, video.height, video.width)
+        result["frames_ok"] = self._as_wanted(frames)
         result["skipped"] = catalogue.told({**self._skipped, **reasons}) or None
         return result
 
-    def _crop(self, data: bytes | None, path: str | None) -> np.ndarray | None:
+    def _embedding(self, row: Mapping[str, Any]) -> np.ndarray:
+        return np.asarray(row["embedding"], np.float32)
+
+    def _as_wanted(self, frames: np.ndarray) -> bool:
+        video = self.config.video
+        return bool(frames.shape[:3] == (video.frames, video.height, video.width))
+
+    def _crop(self, row: Mapping[str, Any]) -> np.ndarray | None:
+        reference = self._reference(row) if self._scorer.wants_crop else None
+        return None if reference is None else reference.aligned()
+
+    def _reference(self, row: Mapping[str, Any]) -> FoundFace | None:
+        """The largest face of the row's reference picture."""
+        return self._face_on(row["image"].get("bytes"), row["image"].get("path"))
+
+    def _find(self, data: bytes | None, path: str | None) -> FoundFace | None:
         from ipvg_ray.media import images
 
-        return self._scorer.crop(images.decode(images.image_bytes({"bytes": data, "path": path})))
+        return self._scorer.face_on(images.decode(images.image_bytes({"bytes": data, "path": path})))
