@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ipvg_ray import __version__, cli_models, config, tables
+from ipvg_ray import __version__, cli_evaluate, cli_models, config, tables
 from ipvg_ray.cli_options import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
@@ -34,6 +34,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 dataset_app = typer.Typer(no_args_is_help=True, help="Read identity sets, make the demonstration set.")
 app.add_typer(cli_models.app, name="models")
 app.add_typer(dataset_app, name="dataset")
+cli_evaluate.register(app)
 
 Input = Annotated[str | None, typer.Argument(help="Identity set: folder, file or s3:// URI. Leave out to resume.")]
 Run = Annotated[

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow.fs as pafs
 
 from ipvg_ray.config import Config
+from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
 from ipvg_ray.stages.evaluate import EvaluateStage
 
@@ -29,6 +31,37 @@ def names_of(layout: Layout, identity_id: str, prompt_id: str) -> list[str]:
         "tpige": [f"{identity_id}_{number}.mp4", f"{identity_id}_prompt{number}.mp4"],
         "2026": [f"{number}.mp4"],
     }[layout]
+
+
+class LayoutError(UserError, ValueError):
+    """A layout that there is not, or a folder whose layout cannot be told."""
+
+
+def checked_layout(name: str) -> Layout:
+    """The layout of that name. Raises LayoutError."""
+    for layout in LAYOUTS:
+        if name == layout:
+            return layout
+    raise LayoutError(f"there is no layout {name!r}; there are {', '.join(LAYOUTS)}")
+
+
+def layout_of(folder: str) -> Layout:
+    """The layout of a folder of videos, told by its files' names: folders, numbers alone, or anything else.
+
+    Raises:
+        LayoutError: where the folder cannot be read, or holds neither.
+    """
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(folder) if "://" in folder else (pafs.LocalFileSystem(), folder)
+        found = filesystem.get_file_info(pafs.FileSelector(path))
+    except (OSError, ValueError) as error:
+        raise LayoutError(f"cannot list the videos in {folder}: {error}") from error
+    stems = [info.base_name[:-4] for info in found if info.is_file and info.base_name.endswith(".mp4")]
+    if stems:
+        return "2026" if all(stem.isdecimal() for stem in stems) else "tpige"
+    if any(info.type == pafs.FileType.Directory for info in found):
+        return "challenge"
+    raise LayoutError(f"{folder} holds no .mp4 files and no folders; name the folder of the videos")
 
 
 class GivenVideosStage(Stage):
