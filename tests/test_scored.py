@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
+import pyarrow as pa
 import pytest
 
 from ipvg_ray import config
@@ -138,7 +139,8 @@ class TestTables:
         assert "http" not in text.replace("http-equiv", "")
 
     def test_reasons_are_counted(self):
-        found = skipped_reasons(["a: x; b: y", "a: x", None])
+        found = skipped_reasons(pa.table({"skipped": ["a: x; b: y", "a: x", None]}))
+        assert skipped_reasons(pa.table({"other": [1]})) == {}
         assert found == {"a: x": 2, "b: y": 1}
 
 

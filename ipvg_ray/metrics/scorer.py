@@ -48,6 +48,9 @@ class Scorer:
         analyser: the face pack, for Arc-Sim and the metrics on aligned faces.
         device: `cpu` or `cuda`.
 
+    Attributes:
+        on_video: those of its metrics that need no face, to what computes each of a clip and its prompt.
+
     Raises:
         WeightsError: where a file holds other weights than its metric's.
     """
@@ -66,7 +69,7 @@ class Scorer:
         self._analyser, self._paths, self._device = analyser, paths, device
         self._clips: dict[str, Any] = {}
         self._on_faces = {name: _ON_FACES[name](self) for name in self.names if name in _ON_FACES}
-        self._on_video = {name: _ON_VIDEO[name](self) for name in self.names if name in _ON_VIDEO}
+        self.on_video = {name: _ON_VIDEO[name](self) for name in self.names if name in _ON_VIDEO}
 
     @property
     def wants_crop(self) -> bool:
@@ -108,7 +111,7 @@ class Scorer:
             if scores[name] is None:
                 where = "the reference picture" if crop is None else "any frame that was looked at"
                 reasons[name] = f"no face on {where}"
-        for name, of_video in self._on_video.items():
+        for name, of_video in self.on_video.items():
             scores[name] = of_video(clip, prompt)
             if scores[name] is None:
                 reasons[name] = _NO_SCORE[name]

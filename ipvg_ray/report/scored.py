@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from ipvg_ray import tables
+from ipvg_ray.report.lookup import Lookup
 from ipvg_ray.report.progress import score_columns
 from ipvg_ray.report.statistics import LOWER_IS_BETTER, Mean, mean_of
 from ipvg_ray.storage import RunPath
@@ -53,27 +56,31 @@ def read_scored(run_dir: RunPath, name: str) -> Scored:
         NotARunError: where the folder is not a run directory.
     """
     tables.read_run(run_dir)
-    rows = tables.read_table(run_dir, "evaluate").to_pylist()
+    columns = [column for column in score_columns() if column not in _CHECKS]
+    found = Lookup.open(run_dir, "evaluate", ["sample_id", *columns, "skipped"])  # tables of older runs lack some
+    rows = tables.first_of_each(found.narrow, "sample_id") if len(found) else found.narrow
+    samples = rows["sample_id"].to_pylist() if len(found) else []
     scores: dict[str, dict[str, float]] = {}
-    for column in score_columns():
-        values = {row["sample_id"]: float(row[column]) for row in rows if _is_number(row[column])}
-        if column not in _CHECKS and values:
-            scores[column] = values
+    for column in set(columns) & set(rows.column_names):
+        pairs = zip(samples, rows[column].to_pylist(), strict=True)
+        scores[column] = {sample: float(value) for sample, value in pairs if _is_number(value)}
     asked = tables.read_table(run_dir, "samples", [])["sample_id"].to_pylist()
     failed: dict[str, list[str]] = {}
-    done = {row["sample_id"] for row in rows}
+    done = set(samples)
     for failure in tables.read_table(run_dir, "failures", ["kind"]).to_pylist():
         place = failure["sample_id"] or failure["identity_id"]
-        if place not in done:
-            failed.setdefault(failure["kind"], []).append(place)
-    return Scored(name, scores, asked, failed, skipped_reasons(row["skipped"] for row in rows))
+        if place not in done and place not in failed.setdefault(failure["kind"], []):
+            failed[failure["kind"]].append(place)
+    kept = {column: scores[column] for column in columns if scores.get(column)}
+    return Scored(name, kept, asked, failed, skipped_reasons(rows))
 
 
-def skipped_reasons(texts: Iterable[str | None]) -> dict[str, int]:
+def skipped_reasons(rows: pa.Table) -> dict[str, int]:
     """Each `metric: reason` of the column `skipped`, with the number of rows that say it, the commonest first."""
     found: Counter[str] = Counter()
-    for text in texts:
-        found.update(text.split("; ") if text else ())
+    if "skipped" in rows.column_names:
+        for entry in pc.value_counts(rows["skipped"].drop_null()).to_pylist():
+            found.update(dict.fromkeys(entry["values"].split("; "), entry["counts"]))
     return dict(found.most_common())
 
 
