@@ -89,3 +89,32 @@ def test_every_layout_and_a_comparison(tmp_path: Path, mini_models: Path) -> Non
     first, second = (str(tmp_path / f"run-{layout}") for layout in ("challenge", "challenge"))
     assert "arc_sim" in call("compare", first, second, "--fail-if", "arc_sim<-0.01")
     assert "holds" in call("compare", first, second, "--fail-if", "arc_sim>-0.01", code=1)
+
+
+def test_an_experiment_shares_what_its_rows_have_in_common(tmp_path: Path, mini_models: Path) -> None:
+    put(tmp_path / "set/id001/image.png", images.encode(astronaut())["bytes"])
+    put(tmp_path / "set/id001/prompt1.txt", "a woman in an orange suit smiles")
+    put(
+        tmp_path / "e.yaml",
+        "title: Frames\nmetrics: [arc_sim, clip_score]\nvariants:\n- {name: few, set: {evaluate: {frames: 4}}}\n"
+        "- {name: many, set: {evaluate: {frames: 9}}, paper: {arc_sim: 0.262}}\n",
+    )
+    arguments = ["experiment", str(tmp_path / "e.yaml"), str(tmp_path / "set"), "--out", str(tmp_path / "out")]
+    arguments += ["--profile", "cpu-mini", "--set", f"models.root={mini_models}", "--set", "video.frames=5"]
+    output = call(*arguments)
+    assert "takes over from" in output
+    second = tables.read_run(tmp_path / "out/many")
+    assert {stage for session in second["sessions"] for stage, done in session["stages"].items() if done["rows"]} == {
+        "evaluate"
+    }
+    first_video, second_video = ((tmp_path / "out" / name / "videos").rglob("*.mp4") for name in ("few", "many"))
+    assert [path.read_bytes() for path in first_video] == [path.read_bytes() for path in second_video]
+    text = (tmp_path / "out/table.md").read_text()
+    assert "| *paper: many* |  | 0.262 |" in text
+    assert {path.name for path in (tmp_path / "out").glob("table*")} == {
+        "table.md",
+        "table.csv",
+        "table.tex",
+        "table.html",
+        "table_samples.csv",
+    }

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ipvg_ray import config, tables
+from ipvg_ray import cli, config, tables
 from ipvg_ray.media import images, videos
 from ipvg_ray.report import facts, lookup
 from ipvg_ray.report.page import write_report
@@ -686,3 +686,28 @@ def test_scores_of_a_run_that_has_none_yet(tmp_path: Path) -> None:
     run = FakeRun(tmp_path / "new")
     run.run_json()
     assert read_scored(run.dir, "new").scores == {}
+
+
+def test_two_runs_are_compared_and_gates_decide(
+    run: FakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run: FakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = FakeRun(tmp_path / "other")
+    other.run_json()
+    for identity_id in ("id0", "id1"):
+        other.identity(identity_id)
+        for prompt_id in ("p0", "p1"):
+            sample_id = other.sample(identity_id, prompt_id, upto="video")
+            row = {"arc_sim": 0.0, "arc_frames": 5, "frames_ok": True, "motion": 0.1}
+            other.write("evaluate", [{"identity_id": identity_id, "sample_id": sample_id, "seed": 1, **row}])
+    pair = [str(run.dir), str(other.dir)]
+    assert cli.main(["compare", *pair, "--fail-if", "arc_sim<-0.06", "--fail-if", "arc_sim>0"]) == 0
+    assert "-0.055" in capsys.readouterr().out
+    assert cli.main(["compare", *pair, "--fail-if", "arc_sim<-0.05"]) == 1
+    assert "gate arc_sim<-0.05 holds" in capsys.readouterr().out
+    assert cli.main(["compare", *pair, "--fail-if", "cur_sim<0"]) == 1
+    assert "share no sample with a value of cur_sim" in capsys.readouterr().err
+    assert cli.main(["compare", *pair, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["arc_sim"]["samples"], found["arc_sim"]["wins"]) == (4, 0.125)  # one is equal

@@ -139,6 +139,6 @@ def _read(tree: Any, file: Path) -> Experiment:
         raise ExperimentError(f"{file}: two variants have one name; name each its own")
     metrics = tuple(tree.get("metrics") or _PAPER)
     known = schema.table("evaluate").columns
-    if strange := [metric for metric in metrics if metric not in known]:
-        raise ExperimentError(f"{file}: no score is called {strange[0]!r}; there are {', '.join(known)}")
+    for metric in set(metrics) - set(known):
+        raise ExperimentError(f"{file}: no score is called {metric!r}; there are {', '.join(known)}")
     return Experiment(str(tree.get("title") or file.stem), metrics, tuple(variants), tree.get("shared") or {})

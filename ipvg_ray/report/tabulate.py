@@ -136,8 +136,8 @@ def latex(table: Table) -> str:
     cells = table.cells()
     best = []
     for column, metric in enumerate(table.metrics):
-        means = [mean for _, found, _ in cells if (mean := found[column].mean) is not None]
-        best.append((min if metric in LOWER_IS_BETTER else max)(means, default=None))
+        values = [value for _, means, _ in cells if (value := means[column].mean) is not None]
+        best.append((min if metric in LOWER_IS_BETTER else max)(values, default=None))
     lines = [f"% {table.title}", rf"\begin{{tabular}}{{l{'c' * len(table.metrics)}}}", r"\toprule"]
     lines += [" & ".join(["", *(_tex(label(metric)) for metric in table.metrics)]) + r" \\", r"\midrule"]
     for name, means, paper in cells:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -26,7 +26,7 @@ class EvaluateStage(Stage):
 
     name = "evaluate"
     grain = "sample"
-    needs = ("embedding", "video_uri", "image", "prompt")
+    needs: ClassVar[tuple[str, ...]] = ("embedding", "video_uri", "image", "prompt")
     version = 2
 
     def models(self) -> Mapping[str, Path]:
