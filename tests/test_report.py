@@ -691,8 +691,6 @@ def test_scores_of_a_run_that_has_none_yet(tmp_path: Path) -> None:
 def test_two_runs_are_compared_and_gates_decide(
     run: FakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run: FakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     other = FakeRun(tmp_path / "other")
     other.run_json()
     for identity_id in ("id0", "id1"):
