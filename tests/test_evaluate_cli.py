@@ -75,7 +75,7 @@ def test_every_layout_and_a_comparison(tmp_path: Path, mini_models: Path) -> Non
         output = call("evaluate", "--videos", str(tmp_path / layout), *arguments, "--out", str(run), *common, code=3)
         assert "missing_video: 1" in output
         assert "broken_video: 1" in output
-        rows = tables.read_table(run, "evaluate").to_pylist()
+        rows = sorted(tables.read_table(run, "evaluate").to_pylist(), key=lambda row: row["identity_id"])
         found[layout] = [[row[name] for name in ("arc_sim", *catalogue.NAMES)] for row in rows]
         assert len(rows) == 2
         assert (run / "scores.md").read_text().count("2 of 4") == 1
