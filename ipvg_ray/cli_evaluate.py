@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,7 +53,7 @@ def evaluate(
 
     folder = videos if "://" in videos else str(Path(videos).resolve())
     kind = given.layout_of(folder) if layout == "auto" else given.checked_layout(layout)
-    values = {"dataset": asked(refs, prompts, Path(str(out_dir)) / "asked"), **_accepted(accept_licence)}
+    values = {"dataset": asked(refs, prompts, _work_folder(out_dir)), **_accepted(accept_licence)}
     settings = config.load(profile or config.default_profile(), file=file, overrides=overrides, values=values)
     stages = [given.GivenVideosStage(settings, folder, kind), given.EvaluateGivenStage(settings)]
     _say_skipped(stages[1])
@@ -60,6 +62,7 @@ def evaluate(
     )
     code = cli._conclude(out_dir, engine.run(request, cli._freezer(settings)))
     if code not in (EXIT_OK, EXIT_ROWS_FAILED):
+        out.print("Here that is: the same `ipvg-ray evaluate` again.")
         return code
     found = read_scored(out_dir, Path(folder).name)
     _print_scores(found)
@@ -168,6 +171,14 @@ def merged(tree: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         below = result.get(key)
         result[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return result
+
+
+def _work_folder(out_dir: RunPath) -> Path:
+    """Where prompts are brought into one form: in the run, or for a run in S3 at a place that a resume finds again."""
+    if isinstance(out_dir, Path):
+        return out_dir / "asked"
+    digest = hashlib.sha256(str(out_dir).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"ipvg-ray-asked-{digest}"
 
 
 def _accepted(accept: bool) -> dict[str, Any]:

@@ -182,3 +182,11 @@ def test_non_commercial_models_want_acceptance(tmp_path):
 def test_an_unknown_metric_is_refused_with_the_nearest():
     with pytest.raises(config.ConfigError, match="did you mean 'clip_score'"):
         config.load("cpu-mini", overrides=["evaluate.metrics=[clip_scor]"])
+
+
+def test_models_that_are_not_used_are_not_part_of_the_fingerprint(stage, tmp_path):
+    values = {"models": {"root": str(tmp_path)}, "video": SIZE, "evaluate": {"frames": 16, "accept_licence": True}}
+    other = EvaluateStage(config.load("cpu-mini", values=values, overrides=["evaluate.amt=other.pth"]))
+    assert other.fingerprint_settings() == stage.fingerprint_settings()
+    changed = EvaluateStage(config.load("cpu-mini", values=values, overrides=["evaluate.frames=8"]))
+    assert changed.fingerprint_settings() != stage.fingerprint_settings()

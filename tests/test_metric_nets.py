@@ -7,6 +7,8 @@ implementations gave for the weights and pictures of `random_weights`.
 from __future__ import annotations
 
 import importlib.util
+import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,6 +211,23 @@ class TestLoading:
         torch.save(state, tmp_path / "a.pth")
         with pytest.raises(weights.WeightsError, match=message):
             resnet_face.load(tmp_path / "a.pth")
+
+    def test_a_checkpoint_in_a_zip_archive(self, state, tmp_path):
+        torch.save(state, tmp_path / "a.pth")
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.write(tmp_path / "a.pth", "a.pth")
+        assert resnet_face.load(tmp_path / "a.zip").fc5.out_features == 8
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_settings_beside_the_weights_are_left_alone(self, state, tmp_path, zipped):
+        class Settings:
+            def __reduce__(self):
+                return os.system, (f"touch {tmp_path}/ran",)
+
+        content = {"epoch": 3, "args": Settings(), "state_dict": state}
+        torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+        assert resnet_face.load(tmp_path / "a.pth").fc5.out_features == 8
+        assert not (tmp_path / "ran").exists()
 
     def test_what_is_no_checkpoint_is_refused(self, tmp_path):
         (tmp_path / "a.pth").write_bytes(b"nothing of the kind")

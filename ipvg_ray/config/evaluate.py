@@ -38,7 +38,7 @@ class EvaluateConfig(StageSection):
     detector_side: int = Field(2048, ge=64, multiple_of=32)
     flow_iterations: int = Field(20, ge=1)
     gme_tokens: tuple[int, int] = (256, 1280)
-    batch: int = Field(4, ge=1)
+    batch: int = Field(2, ge=1)
 
     @field_validator("metrics")
     @classmethod

@@ -30,7 +30,13 @@ def load_vision(folder: Path, device: str = "cpu") -> Any:
 
 
 class AestheticQuality:
-    """Args: a CLIP picture encoder with projection (transformers), the head, frames at a time."""
+    """Rates frames.
+
+    Args:
+        vision: a CLIP picture encoder with projection (transformers), on the device to use.
+        head: features to a rating.
+        batch: frames at a time.
+    """
 
     def __init__(self, vision: Any, head: nn.Linear, batch: int = 32) -> None:
         self.vision, self.head, self.batch = vision, head, batch

@@ -23,7 +23,12 @@ Boxes = Callable[[np.ndarray], Sequence[Box]]
 
 
 class HumanIdentity:
-    """Args: a face detector (RetinaFace), the embedding network, on the device to use."""
+    """Follows a video's one face.
+
+    Args:
+        boxes: RetinaFace.
+        net: embeds grey faces; on the device to use.
+    """
 
     def __init__(self, boxes: Boxes, net: ResNetFace) -> None:
         self.boxes, self.net = boxes, net

@@ -36,7 +36,7 @@ class Settings:
     detector_side: int = 2048
     flow_iterations: int = 20
     gme_tokens: tuple[int, int] = (256, 1280)
-    batch: int = 4
+    batch: int = 2
 
 
 class Scorer:

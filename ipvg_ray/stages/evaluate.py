@@ -38,6 +38,11 @@ class EvaluateStage(Stage):
         paths = self._paths()
         return {field: paths[field] for field in catalogue.fields_of(self.config.evaluate.metrics)}
 
+    def fingerprint_settings(self) -> dict[str, Any]:
+        """Without what `models` says already: the models that are not used, and whether their terms are accepted."""
+        unused = {*catalogue.fields_of(catalogue.NAMES), "accept_licence"}
+        return {key: value for key, value in super().fingerprint_settings().items() if key not in unused}
+
     def usable(self) -> tuple[list[str], dict[str, str]]:
         """Metrics that can be computed, and the reason for each other one that is wanted."""
         section = self.config.evaluate

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import pickle
+import types
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def read(path: Path, inside: Iterable[str] = ("state_dict", "model"), prefix: st
 
             loaded: object = load_file(path)
         else:
-            loaded = torch.load(_opened(path), map_location="cpu", weights_only=True)
+            loaded = _loaded(path)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise WeightsError(f"{path} cannot be read as weights: {error}") from error
     for key in inside:
@@ -48,6 +49,43 @@ def read(path: Path, inside: Iterable[str] = ("state_dict", "model"), prefix: st
     if state and all(key.startswith(prefix) for key in state):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
+
+
+class _Inert(dict[Any, Any]):
+    """Stands for an object of a class that is none of a tensor's: takes everything, does nothing."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None: ...
+
+    def append(self, item: Any) -> None: ...
+
+    def extend(self, items: Any) -> None: ...
+
+
+class _TensorsOnly(pickle.Unpickler):
+    """Makes tensors and plain containers; nothing else that a file names is looked up, so none of its code runs."""
+
+    _KNOWN = frozenset(
+        {
+            ("collections", "OrderedDict"),
+            ("torch._utils", "_rebuild_tensor_v2"),
+            ("torch._utils", "_rebuild_parameter"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        return super().find_class(module, name) if (module, name) in self._KNOWN else _Inert
+
+
+def _loaded(path: Path) -> object:
+    """A torch file. Some checkpoints carry settings of their training, which torch's own safe loading refuses whole."""
+    try:
+        return torch.load(_opened(path), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        shim = types.SimpleNamespace(Unpickler=_TensorsOnly, load=pickle.load, __name__="tensors_only")
+        return torch.load(_opened(path), map_location="cpu", weights_only=False, pickle_module=shim)
 
 
 def _opened(path: Path) -> Path | io.BytesIO:
