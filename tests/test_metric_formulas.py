@@ -326,3 +326,21 @@ def test_gme_on_the_miniature(tmp_path: Path):
     assert torch.allclose(metric.embed_pictures([frames[1]])[0], pictures[1], atol=1e-5)
     assert metric.score(frames, "a man in a red coat") == pytest.approx(float((pictures @ text[0]).mean()), abs=1e-5)
     assert not torch.allclose(metric.embed_text("a dog"), text)
+    asked: dict = {}
+    pooled = metric._pooled
+    metric._pooled = lambda ids, embedded: asked.update(ids=ids) or pooled(ids, embedded)
+    hook = metric.model.visual.register_forward_pre_hook(
+        lambda net, given, named: asked.update(pixels=given[0], grid=named["grid_thw"]), with_kwargs=True
+    )
+    embedded = metric.embed_pictures([frames[0]])
+    hook.remove()
+    with torch.no_grad():  # transformers' own forward, told to count picture tokens as GME does
+        ids = asked["ids"]
+        states = metric.model(
+            input_ids=ids,
+            pixel_values=asked["pixels"],
+            image_grid_thw=asked["grid"],
+            position_ids=torch.arange(ids.shape[1]).expand(3, 1, -1),
+        )
+    wanted = torch.nn.functional.normalize(states.last_hidden_state[:, -1], dim=1)
+    assert torch.allclose(embedded, wanted, atol=1e-5)
