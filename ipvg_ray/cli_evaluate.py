@@ -50,12 +50,13 @@ def evaluate(
     from ipvg_ray.report import tabulate
     from ipvg_ray.report.scored import read_scored
     from ipvg_ray.stages import given
+    from ipvg_ray.stages.evaluate import EvaluateGivenStage
 
     folder = videos if "://" in videos else str(Path(videos).resolve())
     kind = given.layout_of(folder) if layout == "auto" else given.checked_layout(layout)
     values = {"dataset": asked(refs, prompts, _work_folder(out_dir)), **_accepted(accept_licence)}
     settings = config.load(profile or config.default_profile(), file=file, overrides=overrides, values=values)
-    stages = [given.GivenVideosStage(settings, folder, kind), given.EvaluateGivenStage(settings)]
+    stages = [given.GivenVideosStage(settings, folder, kind), EvaluateGivenStage(settings)]
     _say_skipped(stages[1])
     request = engine.Request(
         out_dir, settings.model_dump(mode="json"), settings.seed, stages, retry_failures=retry_failures

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from ipvg_ray.metrics import catalogue
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
 
-if TYPE_CHECKING:
-    from ipvg_ray.metrics.video_faces import FoundFace
+FoundReference = tuple[np.ndarray, np.ndarray | None]
 
 
 class EvaluateStage(Stage):
@@ -80,7 +79,7 @@ class EvaluateStage(Stage):
             batch=section.batch,
         )
         self._scorer = Scorer(names, self._paths(), analyser, device=context.device, settings=settings)
-        self._face_on = lru_cache(maxsize=64)(self._find)  # an identity's samples mostly follow each other
+        self._find = lru_cache(maxsize=64)(self._find_face)  # an identity's samples mostly follow each other
 
     def process(self, rows: Sequence[Row]) -> Sequence[Row | RowError]:
         return [self._attempt(row) for row in rows]
@@ -102,29 +101,50 @@ class EvaluateStage(Stage):
         from ipvg_ray.metrics.frames import Clip
 
         clip = Clip(frames, fps or self.config.video.fps)
-        scores, reasons = self._scorer.score(clip, row["prompt"], self._embedding(row), self._crop(row))
+        embedding, crop = self._reference(row)
+        scores, reasons = self._scorer.score(clip, row["prompt"], embedding, crop)
         result: dict[str, Any] = dict.fromkeys(self.table().columns)
         result |= scores
         result["frames_ok"] = self._as_wanted(frames)
         result["skipped"] = catalogue.told({**self._skipped, **reasons}) or None
         return result
 
-    def _embedding(self, row: Mapping[str, Any]) -> np.ndarray:
-        return np.asarray(row["embedding"], np.float32)
+    def _reference(self, row: Mapping[str, Any]) -> FoundReference:
+        """What faces are compared with: ArcFace's embedding, and the aligned face where a metric wants it."""
+        found = self._found_on(row) if self._scorer.wants_crop else None
+        return np.asarray(row["embedding"], np.float32), None if found is None else found[1]
 
     def _as_wanted(self, frames: np.ndarray) -> bool:
         video = self.config.video
         return bool(frames.shape[:3] == (video.frames, video.height, video.width))
 
-    def _crop(self, row: Mapping[str, Any]) -> np.ndarray | None:
-        reference = self._reference(row) if self._scorer.wants_crop else None
-        return None if reference is None else reference.aligned()
+    def _found_on(self, row: Mapping[str, Any]) -> FoundReference | None:
+        return self._find(row["image"].get("bytes"), row["image"].get("path"))
 
-    def _reference(self, row: Mapping[str, Any]) -> FoundFace | None:
-        """The largest face of the row's reference picture."""
-        return self._face_on(row["image"].get("bytes"), row["image"].get("path"))
-
-    def _find(self, data: bytes | None, path: str | None) -> FoundFace | None:
+    def _find_face(self, data: bytes | None, path: str | None) -> FoundReference | None:
+        """Embedding and aligned picture of the largest face of a reference picture."""
         from ipvg_ray.media import images
 
-        return self._scorer.face_on(images.decode(images.image_bytes({"bytes": data, "path": path})))
+        found = self._scorer.face_on(images.decode(images.image_bytes({"bytes": data, "path": path})))
+        if found is None:
+            return None
+        embedding = np.asarray(found.face.embedding, np.float32)
+        return embedding, found.aligned() if self._scorer.wants_crop else None
+
+
+class EvaluateGivenStage(EvaluateStage):
+    """Scores videos that others made. The reference's embedding comes from its picture, as the challenge takes it.
+
+    Failures: those of `EvaluateStage`, and `no_face` where the reference picture shows none.
+    """
+
+    needs = ("video_uri", "image", "prompt")
+
+    def _reference(self, row: Mapping[str, Any]) -> FoundReference:
+        found = self._found_on(row)
+        if found is None:
+            raise RowError("no_face", "no face is found on the reference picture; give one that shows a face")
+        return found
+
+    def _as_wanted(self, frames: np.ndarray) -> bool:
+        return True  # no size or length is prescribed

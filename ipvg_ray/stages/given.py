@@ -8,16 +8,14 @@ tpige       idNNN_K.mp4 or idNNN_promptK.mp4
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow.fs as pafs
 
 from ipvg_ray.config import Config
 from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
-from ipvg_ray.stages.evaluate import EvaluateStage
 
 Layout = Literal["challenge", "tpige", "2026"]
 LAYOUTS: tuple[Layout, ...] = ("challenge", "tpige", "2026")
@@ -117,21 +115,3 @@ class GivenVideosStage(Stage):
             "video_fps": info.fps,
             "video_seconds": info.seconds,
         }
-
-
-class EvaluateGivenStage(EvaluateStage):
-    """Scores them. The reference's embedding comes from its picture, as the challenge's own code takes it.
-
-    Failures: those of `EvaluateStage`, and `no_face` where the reference picture shows none.
-    """
-
-    needs = ("video_uri", "image", "prompt")
-
-    def _embedding(self, row: Mapping[str, Any]) -> np.ndarray:
-        reference = self._reference(row)
-        if reference is None:
-            raise RowError("no_face", "no face is found on the reference picture; give one that shows a face")
-        return np.asarray(reference.face.embedding, np.float32)
-
-    def _as_wanted(self, frames: np.ndarray) -> bool:
-        return True  # no size or length is prescribed
