@@ -67,7 +67,7 @@ def _run(options: argparse.Namespace, root: Path) -> None:
         gme_tokens=section.gme_tokens,
         batch=section.batch,
     )
-    every = Scorer(names, stage._paths(), analyser, device=options.device, settings=how)
+    every = Scorer(names, stage.paths(), analyser, device=options.device, settings=how)
     picture = _astronaut(options.height, options.width)
     data = videos.encode_mp4(np.stack([np.roll(picture, 2 * i, 1) for i in range(options.frames)]), 16, 18)
     found = every.face_on(picture)
@@ -82,9 +82,7 @@ def _run(options: argparse.Namespace, root: Path) -> None:
     def alone(name: str) -> Callable[[], object]:
         if name in every.on_video:
             return lambda: every.on_video[name](clip(), PROMPT)
-        only = Scorer(
-            [name] if name != "arc_sim" else [], stage._paths(), analyser, settings=how, device=options.device
-        )
+        only = Scorer([name] if name != "arc_sim" else [], stage.paths(), analyser, settings=how, device=options.device)
         return lambda: only.score(clip(), PROMPT, embedding, crop)
 
     jobs = {"decode alone": clip, "all together": lambda: every.score(clip(), PROMPT, embedding, crop)}

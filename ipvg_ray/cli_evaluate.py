@@ -61,9 +61,8 @@ def evaluate(
     request = engine.Request(
         out_dir, settings.model_dump(mode="json"), settings.seed, stages, retry_failures=retry_failures
     )
-    code = cli._conclude(out_dir, engine.run(request, cli._freezer(settings)))
+    code = cli._conclude(out_dir, engine.run(request, cli._freezer(settings)), "the same command")
     if code not in (EXIT_OK, EXIT_ROWS_FAILED):
-        out.print("Here that is: the same `ipvg-ray evaluate` again.")
         return code
     found = read_scored(out_dir, Path(folder).name)
     _print_scores(found)

@@ -30,11 +30,11 @@ class EvaluateStage(Stage):
 
     def models(self) -> Mapping[str, Path]:
         """Those that are used: a metric joins or leaves the fingerprint with its models."""
-        paths = self._paths()
+        paths = self.paths()
         return {field: paths[field] for field in ("pack", *catalogue.fields_of(self.usable()[0]))}
 
     def optional_models(self) -> Mapping[str, Path]:
-        paths = self._paths()
+        paths = self.paths()
         return {field: paths[field] for field in catalogue.fields_of(self.config.evaluate.metrics)}
 
     def fingerprint_settings(self) -> dict[str, Any]:
@@ -45,9 +45,10 @@ class EvaluateStage(Stage):
     def usable(self) -> tuple[list[str], dict[str, str]]:
         """Metrics that can be computed, and the reason for each other one that is wanted."""
         section = self.config.evaluate
-        return catalogue.usable(section.metrics, self._paths(), accept_licence=section.accept_licence)
+        return catalogue.usable(section.metrics, self.paths(), accept_licence=section.accept_licence)
 
-    def _paths(self) -> dict[str, Path]:
+    def paths(self) -> dict[str, Path]:
+        """Field to where its model should be, of all metrics."""
         section = self.config.evaluate
         fields = ("pack", *catalogue.fields_of(catalogue.NAMES))
         return {field: self.config.models.path(getattr(section, field)) for field in fields}
@@ -78,7 +79,7 @@ class EvaluateStage(Stage):
             gme_tokens=section.gme_tokens,
             batch=section.batch,
         )
-        self._scorer = Scorer(names, self._paths(), analyser, device=context.device, settings=settings)
+        self._scorer = Scorer(names, self.paths(), analyser, device=context.device, settings=settings)
         self._find = lru_cache(maxsize=64)(self._find_face)  # an identity's samples mostly follow each other
 
     def process(self, rows: Sequence[Row]) -> Sequence[Row | RowError]:
