@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ipvg_ray import __version__, cli_models, config, tables
+from ipvg_ray import __version__, cli_evaluate, cli_models, config, tables
 from ipvg_ray.cli_options import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
@@ -34,6 +34,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 dataset_app = typer.Typer(no_args_is_help=True, help="Read identity sets, make the demonstration set.")
 app.add_typer(cli_models.app, name="models")
 app.add_typer(dataset_app, name="dataset")
+cli_evaluate.register(app)
 
 Input = Annotated[str | None, typer.Argument(help="Identity set: folder, file or s3:// URI. Leave out to resume.")]
 Run = Annotated[
@@ -313,26 +314,28 @@ def _print_plan(settings: config.Config, this: Any) -> None:
             out.print(f"  {step.name}.{field}: {path}", markup=False)
 
 
-def _conclude(run_dir: RunPath, result: Any) -> int:
+def _conclude(run_dir: RunPath, result: Any, again: str | None = None) -> int:
+    """Say what came of a start; `again` is the command that goes on with it, `run` unless given."""
     from ipvg_ray.pipeline.progress import duration
     from ipvg_ray.report.page import write_report
 
     page = write_report(run_dir)
     last = list(result.counts.values())[-1]
     place = escape(shlex.quote(str(run_dir)))
+    again = escape(again or f"ipvg-ray run --out {shlex.quote(str(run_dir))}")
     if result.outcome == "interrupted":
         out.print(f"interrupted after {duration(result.seconds)}; finished rows are kept. ", end="")
-        out.print(f"Go on with: ipvg-ray run --out {place}")
+        out.print(f"Go on with: {again}")
         return EXIT_INTERRUPTED
     if result.waiting:
-        out.print(f"[red]{result.waiting} rows were not reached.[/red] Go on with: ipvg-ray run --out {place}")
+        out.print(f"[red]{result.waiting} rows were not reached.[/red] Go on with: {again}")
         return EXIT_ERROR
     out.print(f"{last.done} of {last.total} rows finished in {duration(result.seconds)}; report: {escape(str(page))}")
     if not result.failed:
         return EXIT_OK
     out.print(f"[yellow]{result.failed} failed[/yellow]: ipvg-ray failures {place}")
     if result.failed > result.problems:
-        out.print(f"try them again with: ipvg-ray run --out {place} --retry-failures")
+        out.print(f"try them again with: {again} --retry-failures")
     return EXIT_ROWS_FAILED
 
 

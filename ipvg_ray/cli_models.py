@@ -44,7 +44,7 @@ def pull(
     wanted = names or [
         str(path.relative_to(root))
         for stage in make_stages(settings)
-        for path in stage.models().values()
+        for path in dict.fromkeys((*stage.models().values(), *stage.optional_models().values()))
         if path.is_relative_to(root)
     ]
     items = fetch.plan_pull(wanted, root)
@@ -70,6 +70,10 @@ def check(
     missing = fetch.check(named, verify=verify)
     for flaw in missing:
         out.print(str(flaw), markup=False)
+    for stage in make_stages(settings):
+        for field, path in stage.optional_models().items():
+            if not path.exists():
+                out.print(f"{stage.name}.{field}: {path} is not there; what needs it is left out", markup=False)
     if not missing:
         out.print(f"all {len(named)} models of profile {settings.profile} are there")
     return EXIT_ERROR if missing else EXIT_OK

@@ -12,7 +12,7 @@ from ipvg_ray import cli
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("run", "plan", "report", "failures", "export", "demo", "models", "dataset"):
+    for command in ("run", "plan", "report", "failures", "export", "demo", "models", "dataset", "evaluate", "compare"):
         assert command in text
 
 
@@ -26,6 +26,11 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "x", "--bogus"], 2, "No such option"),
         (["report", "{tmp}"], 1, "is not a run directory"),
         (["failures", "{tmp}"], 1, "is not a run directory"),
+        (["compare", "{tmp}", "{tmp}"], 1, "is not a run directory"),
+        (["compare", "{tmp}", "{tmp}", "--fail-if", "arc_sim=1"], 1, "such as arc_sim<-0.01"),
+        (["evaluate", "--videos", "{tmp}", "--refs", "{tmp}", "--out", "{tmp}/r"], 1, "no .mp4 files and no folders"),
+        (["evaluate", "--videos", "{tmp}", "--refs", "x", "--layout", "2027"], 1, "there are challenge, tpige, 2026"),
+        (["experiment", "table3", "x", "--out", "{tmp}/r"], 1, "there are table1, table2, tpige"),
         (["run", "x", "--out", "{tmp}/r", "--set", "models.root={tmp}"], 1, "ipvg-ray models make-mini"),
     ],
 )

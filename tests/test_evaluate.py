@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ipvg_ray import config
-from ipvg_ray.media import videos
+from ipvg_ray.media import images, videos
+from ipvg_ray.metrics import catalogue
+from ipvg_ray.models.mini import metrics
 from ipvg_ray.pipeline.stage import RowError, StageContext
 from ipvg_ray.stages.evaluate import EvaluateStage
 
@@ -22,6 +25,7 @@ SIZE = {"width": 64, "height": 48, "frames": 9}
 class Face:
     box: np.ndarray
     embedding: np.ndarray
+    landmarks_5: np.ndarray | None = None
 
 
 class FakeAnalyser:
@@ -36,6 +40,15 @@ class FakeAnalyser:
         embedding = np.zeros(512)
         embedding[:2] = 12.0, 16.0
         return [Face(np.array([1, 1, 9, 9]), embedding)] if rgb.mean() > 128 else []
+
+
+class AlwaysOneFace(FakeAnalyser):
+    """One face on every picture, with landmarks."""
+
+    def faces(self, rgb: np.ndarray) -> list[Face]:
+        found = super().faces(np.full_like(rgb, 200))[0]
+        found.landmarks_5 = np.array([[15, 15], [35, 15], [25, 25], [17, 35], [33, 35]], np.float32)
+        return [found]
 
 
 @pytest.fixture
@@ -55,7 +68,9 @@ def row(run: Path, name: str, frames: np.ndarray) -> dict:
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(videos.encode_mp4(frames, 8, 18))
     reference = [1.0] + [0.0] * 511
-    return {"sample_id": f"id001/{name}", "video_uri": f"videos/{name}.mp4", "embedding": reference, "seed": 1}
+    picture = images.encode(np.full((64, 64, 3), 200, np.uint8))
+    given = {"embedding": reference, "image": picture, "prompt": "a man in a red coat", "seed": 1}
+    return {"sample_id": f"id001/{name}", "video_uri": f"videos/{name}.mp4", **given}
 
 
 def grey(value: int, count: int = 9, height: int = 48, width: int = 64) -> np.ndarray:
@@ -65,7 +80,17 @@ def grey(value: int, count: int = 9, height: int = 48, width: int = 64) -> np.nd
 def test_scores(stage, tmp_path):
     (result,) = stage.process([row(tmp_path, "prompt1", grey(220))])
     assert set(result) == set(stage.table().columns)
-    assert result == {"arc_sim": pytest.approx(0.6), "arc_frames": 16, "frames_ok": True, "motion": 0.0}
+    known = {name: result[name] for name in ("arc_sim", "arc_frames", "frames_ok", "motion")}
+    assert known == {"arc_sim": pytest.approx(0.6), "arc_frames": 16, "frames_ok": True, "motion": 0.0}
+
+
+def test_metrics_without_their_models_are_skipped_and_said_to_be(stage, tmp_path):
+    (result,) = stage.process([row(tmp_path, "prompt1", grey(220))])
+    assert [result[name] for name in catalogue.NAMES] == [None] * len(catalogue.NAMES)
+    assert "cur_sim: mini-curricular-face.bin is not there" in result["skipped"]
+    assert "overall: it is a sum of which cur_sim, gme_score, imaging_quality, motion_smoothness" in result["skipped"]
+    assert set(stage.models()) == {"pack"}
+    assert set(stage.optional_models()) == set(catalogue.fields_of(catalogue.NAMES))
 
 
 def test_no_face_and_motion(stage, tmp_path):
@@ -114,3 +139,54 @@ def test_packs_must_be_the_same():
     with pytest.raises(config.ConfigError, match="must be the same"):
         config.load("cpu-mini", overrides=["faces.pack=other"])
     config.load("cpu-mini", overrides=["faces.pack=other", "evaluate.pack=other"])
+
+
+def test_all_metrics_of_a_row_on_miniatures(monkeypatch, tmp_path):
+    metrics.make(tmp_path)
+    module = types.ModuleType("ipvg_ray.models.faces")
+    module.FaceAnalyser = AlwaysOneFace
+    monkeypatch.setitem(sys.modules, "ipvg_ray.models.faces", module)
+    values = {"video": SIZE, "models": {"root": str(tmp_path)}, "evaluate": {"metrics": list(catalogue.NAMES)}}
+    stage = EvaluateStage(config.load("cpu-mini", values=values))
+    stage.setup(StageContext("cpu", 1, None, str(tmp_path)))  # type: ignore[arg-type]
+    noise = np.random.default_rng(0).integers(0, 256, (9, 48, 64, 3), np.uint8)
+    (result,) = stage.process([row(tmp_path, "prompt1", noise)])
+    missing = {name for name in catalogue.NAMES if result[name] is None}
+    assert missing == {"human_identity"}  # nine frames are too few
+    assert result["skipped"].startswith("human_identity: ")
+    assert all(np.isfinite(float(result[name])) for name in set(catalogue.NAMES) - missing)
+    assert pa.Table.from_pylist([result], stage.table().schema).num_rows == 1
+    assert set(stage.models()) == {"pack", *catalogue.fields_of(catalogue.NAMES)}
+
+
+def test_non_commercial_models_want_acceptance(tmp_path):
+    for field in catalogue.fields_of(catalogue.NAMES):
+        (tmp_path / getattr(config.EvaluateConfig(), field)).mkdir()
+    for accepted in (False, True):
+        values = {"models": {"root": str(tmp_path)}, "evaluate": {"accept_licence": accepted}}
+        ready, skipped = EvaluateStage(config.load("gpu", values=values)).usable()
+        assert len(ready) + len(skipped) == len(catalogue.NAMES)
+        assert sorted(skipped) == (
+            [] if accepted else ["cur_sim", "human_identity", "imaging_quality", "motion_smoothness", "overall"]
+        )
+    assert (
+        "the licence of amt-s.pth (CC-BY-NC-4.0) is not accepted"
+        in (
+            EvaluateStage(config.load("gpu", values={"models": {"root": str(tmp_path)}})).usable()[1][
+                "motion_smoothness"
+            ]
+        )
+    )
+
+
+def test_an_unknown_metric_is_refused_with_the_nearest():
+    with pytest.raises(config.ConfigError, match="did you mean 'clip_score'"):
+        config.load("cpu-mini", overrides=["evaluate.metrics=[clip_scor]"])
+
+
+def test_models_that_are_not_used_are_not_part_of_the_fingerprint(stage, tmp_path):
+    values = {"models": {"root": str(tmp_path)}, "video": SIZE, "evaluate": {"frames": 16, "accept_licence": True}}
+    other = EvaluateStage(config.load("cpu-mini", values=values, overrides=["evaluate.amt=other.pth"]))
+    assert other.fingerprint_settings() == stage.fingerprint_settings()
+    changed = EvaluateStage(config.load("cpu-mini", values=values, overrides=["evaluate.frames=8"]))
+    assert changed.fingerprint_settings() != stage.fingerprint_settings()

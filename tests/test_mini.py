@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ipvg_ray import config
+from ipvg_ray.metrics import catalogue
 from ipvg_ray.models import fetch, files, mini
 
 
@@ -149,6 +150,7 @@ def test_the_real_miniatures_are_equal_twice_and_complete(tmp_path: Path) -> Non
         "first_frame.clip_vision": settings.first_frame.clip_vision,
         "video.model": settings.video.model,
         "evaluate.pack": settings.evaluate.pack,
+        **{f"evaluate.{field}": getattr(settings.evaluate, field) for field in catalogue.fields_of(catalogue.NAMES)},
     }
     assert fetch.check({field: settings.models.path(name) for field, name in named.items()}) == []
     size = sum(facts["size"] for facts in first["files"].values())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ipvg_ray import config
+from ipvg_ray.metrics import catalogue
 from ipvg_ray.models import docs, registry
 from ipvg_ray.models.registry import HubSource, UrlSource
 
@@ -23,6 +24,7 @@ MODEL_FIELDS = (
     "first_frame.clip_vision",
     "video.model",
     "evaluate.pack",
+    *(f"evaluate.{field}" for field in catalogue.fields_of(catalogue.NAMES)),
 )
 
 
@@ -47,7 +49,7 @@ def test_rows_are_filled_in() -> None:
     for model in registry.MODELS:
         assert model.purpose
         assert model.verified
-        assert model.approx_bytes > 1e6
+        assert model.approx_bytes > 1e3
         assert model.licence.url.startswith("https://")
         if isinstance(model.source, UrlSource):
             assert model.source.sha256 is None or len(model.source.sha256) == 64
@@ -79,6 +81,11 @@ def test_the_non_commercial_ones_are_marked() -> None:
         "hrnet_lip_5583_torch04.pth",
         "hrnet_ocr_lip_5648_torch04.pth",
         "sdxl_hyper_id_lora_v1_fidelity",
+        "glint360k_curricular_face_r101_backbone.bin",
+        "retinaface_resnet50_2020-07-20-f168fae3c.zip",
+        "resnet18_110.pth",
+        "musiq_spaq_ckpt-358bb6af.pth",
+        "amt-s.pth",
     }
 
 

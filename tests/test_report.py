@@ -16,11 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ipvg_ray import config, tables
+from ipvg_ray import cli, config, tables
 from ipvg_ray.media import images, videos
 from ipvg_ray.report import facts, lookup
 from ipvg_ray.report.page import write_report
 from ipvg_ray.report.progress import BEGUN, FAILED, FINISHED, WAITING, choose, read_progress
+from ipvg_ray.report.scored import read_scored
 
 STAGES = ("faces", "matting", "prompts", "first_frame", "video", "evaluate")
 HOSTILE = '<script>alert("x")</script> & <img src=x onerror=alert(1)> "quoted" \'single\''
@@ -653,3 +654,58 @@ def test_durations_read_well(seconds: float | None, text: str) -> None:
 )
 def test_sizes_read_well(size: float, text: str) -> None:
     assert facts.size(size) == text
+
+
+def test_what_is_not_scored_is_listed_with_its_reason(run: FakeRun) -> None:
+    assert "Not scored" not in Page(run.page()).text
+    reason = "cur_sim: mini.bin is not there"
+    for number in (2, 3):
+        sample_id = run.sample("id0", f"p{number}", upto="video")
+        row = {
+            "arc_sim": 0.5,
+            "arc_frames": 5,
+            "frames_ok": True,
+            "motion": 0.1,
+            "skipped": f"{reason}; gme_score: <b>",
+        }
+        run.write("evaluate", [{"identity_id": "id0", "sample_id": sample_id, "seed": 1, "seconds": 1.0, **row}])
+    page = Page(run.page())
+    assert f"Not scored {reason} 2 videos gme_score: <b> 2 videos" in page.text
+
+
+def test_scores_are_read_with_what_is_missing(run: FakeRun) -> None:
+    run.sample("id1", "p7", upto="first_frame")
+    run.failure("video", "id1", "id1/p7", kind="missing_video")
+    found = read_scored(run.dir, "mine")
+    assert found.scores == {"arc_sim": pytest.approx({"id0/p0": 0, "id0/p1": 0.01, "id1/p0": 0.1, "id1/p1": 0.11})}
+    assert found.failed == {"missing_video": ["id1/p7"]}
+    assert found.counted("arc_sim") == pytest.approx(0.22 / 5)
+
+
+def test_scores_of_a_run_that_has_none_yet(tmp_path: Path) -> None:
+    run = FakeRun(tmp_path / "new")
+    run.run_json()
+    assert read_scored(run.dir, "new").scores == {}
+
+
+def test_two_runs_are_compared_and_gates_decide(
+    run: FakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = FakeRun(tmp_path / "other")
+    other.run_json()
+    for identity_id in ("id0", "id1"):
+        other.identity(identity_id)
+        for prompt_id in ("p0", "p1"):
+            sample_id = other.sample(identity_id, prompt_id, upto="video")
+            row = {"arc_sim": 0.0, "arc_frames": 5, "frames_ok": True, "motion": 0.1}
+            other.write("evaluate", [{"identity_id": identity_id, "sample_id": sample_id, "seed": 1, **row}])
+    pair = [str(run.dir), str(other.dir)]
+    assert cli.main(["compare", *pair, "--fail-if", "arc_sim<-0.06", "--fail-if", "arc_sim>0"]) == 0
+    assert "-0.055" in capsys.readouterr().out
+    assert cli.main(["compare", *pair, "--fail-if", "arc_sim<-0.05"]) == 1
+    assert "gate arc_sim<-0.05 holds" in capsys.readouterr().out
+    assert cli.main(["compare", *pair, "--fail-if", "cur_sim<0"]) == 1
+    assert "share no sample with a value of cur_sim" in capsys.readouterr().err
+    assert cli.main(["compare", *pair, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["arc_sim"]["samples"], found["arc_sim"]["wins"]) == (4, 0.125)  # one is equal

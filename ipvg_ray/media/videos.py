@@ -94,7 +94,12 @@ def probe(data: bytes) -> VideoInfo:
 
 
 def read_frames(source: str | Path | bytes) -> np.ndarray:
-    """All frames of a video as RGB, uint8, (N, H, W, 3).
+    """All frames of a video as RGB, uint8, (N, H, W, 3). Arguments and errors as of `read_video`."""
+    return read_video(source)[0]
+
+
+def read_video(source: str | Path | bytes) -> tuple[np.ndarray, float | None]:
+    """All frames of a video as RGB, uint8, (N, H, W, 3), and its frames per second, None where it does not say.
 
     Args:
         source: a local path, an `s3://`, `gs://` or `file://` URI, or the file's bytes.
@@ -103,7 +108,10 @@ def read_frames(source: str | Path | bytes) -> np.ndarray:
         VideoError: where nothing can be read there, or it is empty, no video, damaged or cut short.
     """
     with _open(source if isinstance(source, bytes) else _read(str(source))) as container:
-        return np.stack([frame.to_ndarray(format="rgb24", interpolation=_RESAMPLING) for frame in _decode(container)])
+        frames = [frame.to_ndarray(format="rgb24", interpolation=_RESAMPLING) for frame in _decode(container)]
+        stream = container.streams.video[0]
+        rate = stream.average_rate or stream.guessed_rate
+        return np.stack(frames), float(rate) if rate else None
 
 
 def _check_frames(frames: np.ndarray) -> None:

@@ -8,28 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
-_PAD_SHARE = 0.25
-_PAD_GREY = 128
-
-
-class Face(Protocol):
-    """A face found: `box` is x0, y0, x1, y1 in pixels, `embedding` the recogniser's raw output, of any length."""
-
-    @property
-    def box(self) -> np.ndarray: ...
-
-    @property
-    def embedding(self) -> np.ndarray | None: ...
-
-
-class FaceAnalyser(Protocol):
-    """Finds the faces of a picture: uint8 RGB, (H, W, 3)."""
-
-    def faces(self, rgb: np.ndarray) -> Sequence[Face]: ...
+from ipvg_ray.metrics.frames import ends
+from ipvg_ray.metrics.video_faces import FaceAnalyser, FoundFace, largest_faces
 
 
 @dataclass(frozen=True)
@@ -62,29 +45,25 @@ def arc_sim(frames: np.ndarray, reference: np.ndarray, analyser: FaceAnalyser, s
     """
     if frames.ndim != 4 or not len(frames):
         raise ValueError(f"frames have shape {frames.shape}; (N, H, W, 3) with N ≥ 1 is needed")
+    sampled = ends(samples)(len(frames), 0)
+    _unit(reference, "the reference's")  # before the work of finding faces
+    return of_faces(largest_faces(frames[sampled], analyser), reference, sampled)
+
+
+def of_faces(faces: Sequence[FoundFace | None], reference: np.ndarray, numbers: Sequence[int]) -> ArcSim:
+    """As `arc_sim`, of faces that are found already.
+
+    Args:
+        faces: one a sampled frame, None where it shows none.
+        numbers: the frames' indices, for messages.
+    """
     wanted = _unit(reference, "the reference's")
-    cosines = []
-    for index in np.linspace(0, len(frames) - 1, samples).astype(int):
-        face = _largest_face(frames[index], analyser)
-        if face is not None:
-            cosines.append(max(0.0, float(wanted @ _unit(face.embedding, f"frame {index}'s", wanted.shape))))
+    cosines = [
+        max(0.0, float(wanted @ _unit(found.face.embedding, f"frame {number}'s", wanted.shape)))
+        for number, found in zip(numbers, faces, strict=True)
+        if found is not None
+    ]
     return ArcSim(float(np.mean(cosines)) if cosines else 0.0, len(cosines))
-
-
-def _largest_face(frame: np.ndarray, analyser: FaceAnalyser) -> Face | None:
-    # The box of a face found in the bordered frame is not moved back: only its area and its embedding are used.
-    faces = analyser.faces(frame) or analyser.faces(_bordered(frame))
-    return max(faces, key=_area, default=None)
-
-
-def _bordered(frame: np.ndarray) -> np.ndarray:
-    top, left = (int(side * _PAD_SHARE) for side in frame.shape[:2])
-    return np.pad(frame, ((top, top), (left, left), (0, 0)), constant_values=_PAD_GREY)
-
-
-def _area(face: Face) -> float:
-    x0, y0, x1, y1 = face.box
-    return float((x1 - x0) * (y1 - y0))
 
 
 def _unit(embedding: np.ndarray | None, whose: str, shape: tuple[int, ...] | None = None) -> np.ndarray:

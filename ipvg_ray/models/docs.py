@@ -31,6 +31,8 @@ of the chain you run:
   we recommend, are its videos and scores.
 - **HRNet is optional.** `--set matting.method=landmarks` needs no further model. The InsightFace packs and HyperLoRA
   are part of the method; a commercial user needs other terms from their owners, or models of the same interface.
+- **Metrics are optional.** Those whose models are marked "no" are left out until `evaluate.accept_licence` is set, as
+  are those whose models are not there; every row and the report say so ([evaluate.md](evaluate.md)).
 - **OpenRAIL++-M** (SDXL, RealVisXL) allows commercial use but forbids a list of uses, among them deceiving and harming
   people, and wants that list passed on to your users.
 - **Consent.** No licence above gives a right to anybody's face. Use pictures of people who agreed.
@@ -42,7 +44,8 @@ Files of the Hub are taken from one commit and compared with the sizes, SHA-256 
 sum, the one of what came is kept. A model appears at its place only when all of it is right, and `.receipts/` below
 `models.root` then holds its commit or URL and the SHA-256 of every file, which `models check` compares.
 
-The HRNet checkpoint is a pickle. It is read with `weights_only=True`, which runs no code from it.
+The HRNet checkpoint and those of the metrics are pickles. They are read without running code from them: with
+`weights_only=True`, or, where torch refuses a file for what else it holds, with everything but its tensors left alone.
 
 """
 

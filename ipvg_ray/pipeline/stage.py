@@ -159,6 +159,10 @@ class Stage(ABC):
         """
         return {}
 
+    def optional_models(self) -> Mapping[str, Path]:
+        """As `models`, of those that the stage would use and can do without; `models pull` fetches them too."""
+        return {}
+
     def fingerprint_settings(self) -> dict[str, Any]:
         """What of the configuration changes this stage's results: its section without pool and model names."""
         settings = self.settings.model_dump(mode="json", exclude={"pool"})

@@ -23,6 +23,7 @@ from ipvg_ray.config import ReportConfig
 from ipvg_ray.report import facts, scores
 from ipvg_ray.report.embed import Budget
 from ipvg_ray.report.progress import FAILED, FINISHED, Progress, choose, read_progress
+from ipvg_ray.report.scored import skipped_reasons
 from ipvg_ray.report.views import IdentityView, failure_groups, sample_views
 from ipvg_ray.storage import RunPath, S3Path, run_path
 
@@ -67,6 +68,7 @@ def render(run_dir: RunPath) -> str:
     rows, embed_mb = _bounds(config)
     chosen = choose(progress.status, rows)
     groups = sample_views(run_dir, progress, chosen, Budget(embed_mb * 1_000_000))
+    rows_of_scores = _score_rows(progress)
     css, js = _asset("page.css"), _asset("page.js")
     page = (
         _environment()
@@ -76,7 +78,8 @@ def render(run_dir: RunPath) -> str:
             groups=groups,
             shown=len(chosen),
             failures=failure_groups(progress, _anchors(groups)),
-            scores=scores.summarise(_score_rows(progress)),
+            scores=scores.summarise(rows_of_scores),
+            skipped=skipped_reasons(rows_of_scores),
             css=Markup(css),
             js=Markup(js),
             css_hash=_csp_hash(css),

@@ -142,7 +142,7 @@ def score_columns() -> list[str]:
 
 
 def _narrow_columns(name: str) -> list[str]:
-    scores = score_columns() if name == "evaluate" else []
+    scores = [*score_columns(), "skipped"] if name == "evaluate" else []
     return ["identity_id", "sample_id", *scores]
 
 

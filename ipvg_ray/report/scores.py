@@ -19,6 +19,17 @@ NAMES = {
     "arc_frames": "Frames with a face",
     "frames_ok": "Frames as configured",
     "motion": "Motion",
+    "cur_sim": "Cur-Sim",
+    "face_distance": "FID (face)",
+    "human_identity": "Human identity",
+    "overall_consistency": "OC",
+    "aesthetic_quality": "AQ",
+    "imaging_quality": "IQ",
+    "motion_smoothness": "MS",
+    "dynamic_degree": "DD",
+    "clip_score": "CLIP score",
+    "clip_score_tpige": "CLIP score (TPIGE)",
+    "gme_score": "GME score",
 }
 
 

@@ -1,34 +1,68 @@
-"""Scores of a finished video: Arc-Sim against the reference face, and two figures that need no weights."""
+"""Scores of a finished video: the metrics of the papers and of the challenge, from one decode."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
+from ipvg_ray.metrics import catalogue
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
+
+FoundReference = tuple[np.ndarray, np.ndarray | None]
 
 
 class EvaluateStage(Stage):
     """Reads each video back from the run and scores it.
 
-    Failures: `broken_video` where the file does not decode whole.
+    Metrics without their models, or whose terms are not accepted, are left out; every row says which and why.
+
+    Failures: `broken_video` where the file does not decode whole; the kinds of `images.ImageError` for the reference.
     """
 
     name = "evaluate"
     grain = "sample"
-    needs = ("embedding", "video_uri")
+    needs: ClassVar[tuple[str, ...]] = ("embedding", "video_uri", "image", "prompt")
+    version = 2
 
     def models(self) -> Mapping[str, Path]:
-        return {"pack": self.config.models.path(self.config.evaluate.pack)}
+        """Those that are used: a metric joins or leaves the fingerprint with its models."""
+        paths = self.paths()
+        return {field: paths[field] for field in ("pack", *catalogue.fields_of(self.usable()[0]))}
+
+    def optional_models(self) -> Mapping[str, Path]:
+        paths = self.paths()
+        return {field: paths[field] for field in catalogue.fields_of(self.config.evaluate.metrics)}
+
+    def fingerprint_settings(self) -> dict[str, Any]:
+        """Without what `models` says already: the models that are not used, and whether their terms are accepted."""
+        unused = {*catalogue.fields_of(catalogue.NAMES), "accept_licence"}
+        return {key: value for key, value in super().fingerprint_settings().items() if key not in unused}
+
+    def usable(self) -> tuple[list[str], dict[str, str]]:
+        """Metrics that can be computed, and the reason for each other one that is wanted."""
+        section = self.config.evaluate
+        return catalogue.usable(section.metrics, self.paths(), accept_licence=section.accept_licence)
+
+    def paths(self) -> dict[str, Path]:
+        """Field to where its model should be, of all metrics."""
+        section = self.config.evaluate
+        fields = ("pack", *catalogue.fields_of(catalogue.NAMES))
+        return {field: self.config.models.path(getattr(section, field)) for field in fields}
 
     def setup(self, context: StageContext) -> None:
+        import torch
+
+        from ipvg_ray.metrics.scorer import Scorer, Settings
         from ipvg_ray.models.faces import FaceAnalyser
 
         section = self.config.evaluate
+        torch.set_num_threads(context.threads)
         self._run_dir = context.run_dir.rstrip("/")
-        self._analyser = FaceAnalyser(
+        analyser = FaceAnalyser(
             self.models()["pack"],
             det_sizes=(section.det_size,),
             det_threshold=section.det_threshold,
@@ -36,28 +70,82 @@ class EvaluateStage(Stage):
             device=context.device,
             threads=context.threads,
         )
+        names, self._skipped = self.usable()
+        settings = Settings(
+            face_frames=section.frames,
+            clip_swapped=section.clip_swapped,
+            detector_side=section.detector_side,
+            flow_iterations=section.flow_iterations,
+            gme_tokens=section.gme_tokens,
+            batch=section.batch,
+        )
+        self._scorer = Scorer(names, self.paths(), analyser, device=context.device, settings=settings)
+        self._find = lru_cache(maxsize=64)(self._find_face)  # an identity's samples mostly follow each other
 
     def process(self, rows: Sequence[Row]) -> Sequence[Row | RowError]:
         return [self._attempt(row) for row in rows]
 
     def _attempt(self, row: Row) -> Row | RowError:
-        from ipvg_ray.media import videos
+        from ipvg_ray.media import images, videos
 
         try:
-            frames = videos.read_frames(f"{self._run_dir}/{row['video_uri']}")
+            frames, fps = videos.read_video(f"{self._run_dir}/{row['video_uri']}")
+            return self._score(row, frames, fps)
+        except RowError as error:
+            return error
         except videos.VideoError as error:
             return RowError("broken_video", f"{row['video_uri']}: {error}")
-        return self._score(frames, np.asarray(row["embedding"], np.float32))
+        except images.ImageError as error:
+            return RowError(error.kind, f"the reference picture: {error}")
 
-    def _score(self, frames: np.ndarray, reference: np.ndarray) -> Row:
-        from ipvg_ray.metrics.arc_sim import arc_sim
-        from ipvg_ray.metrics.motion import motion
+    def _score(self, row: Row, frames: np.ndarray, fps: float | None) -> Row:
+        from ipvg_ray.metrics.frames import Clip
 
+        clip = Clip(frames, fps or self.config.video.fps)
+        embedding, crop = self._reference(row)
+        scores, reasons = self._scorer.score(clip, row["prompt"], embedding, crop)
+        result: dict[str, Any] = dict.fromkeys(self.table().columns)
+        result |= scores
+        result["frames_ok"] = self._as_wanted(frames)
+        result["skipped"] = catalogue.told({**self._skipped, **reasons}) or None
+        return result
+
+    def _reference(self, row: Mapping[str, Any]) -> FoundReference:
+        """What faces are compared with: ArcFace's embedding, and the aligned face where a metric wants it."""
+        found = self._found_on(row) if self._scorer.wants_crop else None
+        return np.asarray(row["embedding"], np.float32), None if found is None else found[1]
+
+    def _as_wanted(self, frames: np.ndarray) -> bool:
         video = self.config.video
-        similarity = arc_sim(frames, reference, self._analyser, self.config.evaluate.frames)
-        return {
-            "arc_sim": similarity.score,
-            "arc_frames": similarity.frames,
-            "frames_ok": frames.shape[:3] == (video.frames, video.height, video.width),
-            "motion": motion(frames),
-        }
+        return bool(frames.shape[:3] == (video.frames, video.height, video.width))
+
+    def _found_on(self, row: Mapping[str, Any]) -> FoundReference | None:
+        return self._find(row["image"].get("bytes"), row["image"].get("path"))
+
+    def _find_face(self, data: bytes | None, path: str | None) -> FoundReference | None:
+        """Embedding and aligned picture of the largest face of a reference picture."""
+        from ipvg_ray.media import images
+
+        found = self._scorer.face_on(images.decode(images.image_bytes({"bytes": data, "path": path})))
+        if found is None:
+            return None
+        embedding = np.asarray(found.face.embedding, np.float32)
+        return embedding, found.aligned() if self._scorer.wants_crop else None
+
+
+class EvaluateGivenStage(EvaluateStage):
+    """Scores videos that others made. The reference's embedding comes from its picture, as the challenge takes it.
+
+    Failures: those of `EvaluateStage`, and `no_face` where the reference picture shows none.
+    """
+
+    needs = ("video_uri", "image", "prompt")
+
+    def _reference(self, row: Mapping[str, Any]) -> FoundReference:
+        found = self._found_on(row)
+        if found is None:
+            raise RowError("no_face", "no face is found on the reference picture; give one that shows a face")
+        return found
+
+    def _as_wanted(self, frames: np.ndarray) -> bool:
+        return True  # no size or length is prescribed

@@ -18,7 +18,7 @@ from ipvg_ray.models import files
 VERSION = 3
 """Raise it when any maker below, or an architecture it builds, gives other bytes for the same seed."""
 
-MAKERS = ("insightface_pack", "hrnet", "qwen3", "qwen3_vl", "clip_vision", "sdxl", "hyperlora", "wan_vace")
+MAKERS = ("insightface_pack", "hrnet", "qwen3", "qwen3_vl", "clip_vision", "sdxl", "hyperlora", "wan_vace", "metrics")
 """Modules with `make(root, seed)`, in the order in which they run: HyperLoRA is cut to the SDXL before it."""
 
 _BUILD = ".mini-build-"

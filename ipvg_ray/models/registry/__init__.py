@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ipvg_ray.errors import UserError
-from ipvg_ray.models.registry import faces, first_frame, prompts, video
+from ipvg_ray.models.registry import faces, first_frame, metrics, prompts, video
 from ipvg_ray.models.registry.rows import HubSource, Licence, Model, UrlSource
 
 __all__ = [
@@ -32,7 +32,13 @@ class UnknownModelError(UserError, ValueError):
     """A name that is not in the table; the message gives the nearest one that is."""
 
 
-MODELS: tuple[Model, ...] = (*faces.MODELS, *prompts.MODELS, *first_frame.MODELS, *video.MODELS)
+MODELS: tuple[Model, ...] = (
+    *faces.MODELS,
+    *prompts.MODELS,
+    *first_frame.MODELS,
+    *video.MODELS,
+    *metrics.MODELS,
+)
 
 
 def get(name: str) -> Model:

@@ -63,8 +63,8 @@ MODELS: tuple[Model, ...] = (
     ),
     Model(
         name="clip-vit-large-patch14",
-        used_by=("first_frame.clip_vision",),
-        purpose="CLIP ViT-L/14: face features for HyperLoRA; only the vision half of the file is loaded",
+        used_by=("first_frame.clip_vision", "evaluate.clip_l14"),
+        purpose="CLIP ViT-L/14: face features for HyperLoRA, and aesthetic_quality; only the vision half is loaded",
         source=HubSource(
             "openai/clip-vit-large-patch14", ("config.json", "preprocessor_config.json", "model.safetensors")
         ),

@@ -1,0 +1,83 @@
+"""The largest face of each of a video's frames, found once for all metrics that compare faces, as ConsisID does."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+_PAD_SHARE = 0.25
+_PAD_GREY = 128
+_ALIGNED_SIDE = 224
+
+
+class Face(Protocol):
+    """A face found: `box` is x0, y0, x1, y1 in pixels, `embedding` the recogniser's raw output, of any length."""
+
+    @property
+    def box(self) -> np.ndarray: ...
+
+    @property
+    def embedding(self) -> np.ndarray | None: ...
+
+
+class FaceAnalyser(Protocol):
+    """Finds the faces of a picture: uint8 RGB, (H, W, 3)."""
+
+    def faces(self, rgb: np.ndarray) -> Sequence[Face]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class FoundFace:
+    """The largest face of a frame.
+
+    Attributes:
+        frame: uint8 RGB, (H, W, 3).
+        face: as the analyser gives it, in pixels of the picture it was found in.
+        shift: x and y of the frame's corner in that picture, which may be the frame with a border.
+    """
+
+    frame: np.ndarray
+    face: Any
+    shift: tuple[int, int] = (0, 0)
+
+    def aligned(self) -> np.ndarray:
+        """The face brought to ArcFace's five-point template of twice its size: uint8 RGB, (224, 224, 3)."""
+        from insightface.utils import face_align
+
+        landmarks = np.asarray(self.face.landmarks_5, np.float32) - np.asarray(self.shift, np.float32)
+        with warnings.catch_warnings():
+            # insightface calls a function of scikit-image that is to go; it would say so for every face.
+            warnings.filterwarnings("ignore", message=".*estimate.* is deprecated", category=FutureWarning)
+            crop: np.ndarray = face_align.norm_crop(self.frame, landmark=landmarks, image_size=_ALIGNED_SIDE)
+        return crop
+
+
+def largest_faces(frames: np.ndarray, analyser: FaceAnalyser) -> list[FoundFace | None]:
+    """The largest face of every frame, None where none is found.
+
+    A frame without a face is tried again with a border of grey 128, a quarter of its size on every side, in which faces
+    that fill the frame are found.
+
+    Args:
+        frames: uint8 RGB, (N, H, W, 3).
+    """
+    return [_largest_face(frame, analyser) for frame in frames]
+
+
+def _largest_face(frame: np.ndarray, analyser: FaceAnalyser) -> FoundFace | None:
+    shift = (0, 0)
+    faces = analyser.faces(frame)
+    if not faces:
+        top, left = (int(side * _PAD_SHARE) for side in frame.shape[:2])
+        shift = (left, top)
+        faces = analyser.faces(np.pad(frame, ((top, top), (left, left), (0, 0)), constant_values=_PAD_GREY))
+    return FoundFace(frame, max(faces, key=_area), shift) if faces else None
+
+
+def _area(face: Face) -> float:
+    x0, y0, x1, y1 = face.box
+    return float((x1 - x0) * (y1 - y0))

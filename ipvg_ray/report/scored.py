@@ -1,0 +1,88 @@
+"""The scores of a run by sample, read from its table, and which of its samples have none."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ipvg_ray import tables
+from ipvg_ray.report.lookup import Lookup
+from ipvg_ray.report.progress import score_columns
+from ipvg_ray.report.statistics import LOWER_IS_BETTER, Mean, mean_of
+from ipvg_ray.storage import RunPath
+
+_CHECKS = ("arc_frames", "frames_ok", "motion")
+"""Columns that are no metrics."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A run's scores.
+
+    Attributes:
+        name: what it is called in tables.
+        scores: metric to (sample to value), in the schema's order; truth values are 0 and 1.
+        asked: samples of the identity set, the refused ones not among them.
+        failed: kind of failure to the samples that ended in it.
+        skipped: reason for a missing score to how many samples lack one for it.
+    """
+
+    name: str
+    scores: dict[str, dict[str, float]]
+    asked: list[str]
+    failed: dict[str, list[str]] = field(default_factory=dict)
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def mean(self, metric: str) -> Mean:
+        """Over the samples that have a value."""
+        return mean_of(self.scores.get(metric, {}))
+
+    def counted(self, metric: str) -> float | None:
+        """The mean over all samples asked for, a missing one counted as 0; None where 0 would be the best value."""
+        values = self.scores.get(metric, {})
+        if metric in LOWER_IS_BETTER or not values or not self.asked:
+            return None
+        return sum(values.get(sample, 0.0) for sample in self.asked) / len(self.asked)
+
+
+def read_scored(run_dir: RunPath, name: str) -> Scored:
+    """Read a run's scores; metrics of which no sample has a value are left out.
+
+    Raises:
+        NotARunError: where the folder is not a run directory.
+    """
+    tables.read_run(run_dir)
+    columns = [column for column in score_columns() if column not in _CHECKS]
+    found = Lookup.open(run_dir, "evaluate", ["sample_id", *columns, "skipped"])  # tables of older runs lack some
+    rows = tables.first_of_each(found.narrow, "sample_id") if len(found) else found.narrow
+    samples = rows["sample_id"].to_pylist() if len(found) else []
+    scores: dict[str, dict[str, float]] = {}
+    for column in set(columns) & set(rows.column_names):
+        pairs = zip(samples, rows[column].to_pylist(), strict=True)
+        scores[column] = {sample: float(value) for sample, value in pairs if _is_number(value)}
+    asked = tables.read_table(run_dir, "samples", [])["sample_id"].to_pylist()
+    failed: dict[str, list[str]] = {}
+    done = set(samples)
+    for failure in tables.read_table(run_dir, "failures", ["kind"]).to_pylist():
+        place = failure["sample_id"] or failure["identity_id"]
+        if place not in done and place not in failed.setdefault(failure["kind"], []):
+            failed[failure["kind"]].append(place)
+    kept = {column: scores[column] for column in columns if scores.get(column)}
+    return Scored(name, kept, asked, failed, skipped_reasons(rows))
+
+
+def skipped_reasons(rows: pa.Table) -> dict[str, int]:
+    """Each `metric: reason` of the column `skipped`, with the number of rows that say it, the commonest first."""
+    found: Counter[str] = Counter()
+    if "skipped" in rows.column_names:
+        for entry in pc.value_counts(rows["skipped"].drop_null()).to_pylist():
+            found.update(dict.fromkeys(entry["values"].split("; "), entry["counts"]))
+    return dict(found.most_common())
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, bool | int | float) and math.isfinite(float(value))

@@ -1,0 +1,117 @@
+"""Videos that others made, in the layouts of the challenge, of TPIGE and of the challenge's edition of 2026.
+
+challenge   idNNN/promptK.mp4
+tpige       idNNN_K.mp4 or idNNN_promptK.mp4
+2026        K.mp4, K the place in eval.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pyarrow.fs as pafs
+
+from ipvg_ray.config import Config
+from ipvg_ray.errors import UserError
+from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
+
+Layout = Literal["challenge", "tpige", "2026"]
+LAYOUTS: tuple[Layout, ...] = ("challenge", "tpige", "2026")
+
+
+def names_of(layout: Layout, identity_id: str, prompt_id: str) -> list[str]:
+    """Where a sample's video may lie below the folder, the likeliest place first."""
+    number = prompt_id.removeprefix("prompt")
+    return {
+        "challenge": [f"{identity_id}/{prompt_id}.mp4"],
+        "tpige": [f"{identity_id}_{number}.mp4", f"{identity_id}_prompt{number}.mp4"],
+        "2026": [f"{number}.mp4"],
+    }[layout]
+
+
+class LayoutError(UserError, ValueError):
+    """A layout that there is not, or a folder whose layout cannot be told."""
+
+
+def checked_layout(name: str) -> Layout:
+    """The layout of that name. Raises LayoutError."""
+    for layout in LAYOUTS:
+        if name == layout:
+            return layout
+    raise LayoutError(f"there is no layout {name!r}; there are {', '.join(LAYOUTS)}")
+
+
+def layout_of(folder: str) -> Layout:
+    """The layout of a folder of videos, told by its files' names: folders, numbers alone, or anything else.
+
+    Raises:
+        LayoutError: where the folder cannot be read, or holds neither.
+    """
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(folder) if "://" in folder else (pafs.LocalFileSystem(), folder)
+        found = filesystem.get_file_info(pafs.FileSelector(path))
+    except (OSError, ValueError) as error:
+        raise LayoutError(f"cannot list the videos in {folder}: {error}") from error
+    stems = [info.base_name[:-4] for info in found if info.is_file and info.base_name.endswith(".mp4")]
+    if stems:
+        return "2026" if all(stem.isdecimal() for stem in stems) else "tpige"
+    if any(info.type == pafs.FileType.Directory for info in found):
+        return "challenge"
+    raise LayoutError(f"{folder} holds no .mp4 files and no folders; name the folder of the videos")
+
+
+class GivenVideosStage(Stage):
+    """Takes the place of the stage that makes videos: copies each one into the run and measures it.
+
+    Failures: `missing_video`, and `broken_video` where the file does not decode whole.
+
+    Args:
+        folder: local folder or URI of the videos.
+    """
+
+    name = "video"
+    grain = "sample"
+    needs = ("prompt",)
+    media = ("videos",)
+
+    def __init__(self, config: Config, folder: str, layout: Layout) -> None:
+        super().__init__(config)
+        self.folder, self.layout = folder.rstrip("/"), layout
+
+    def fingerprint_settings(self) -> dict[str, Any]:
+        return {"folder": self.folder, "layout": self.layout}
+
+    def setup(self, context: StageContext) -> None:
+        self._writer = context.media
+
+    def process(self, rows: Sequence[Row]) -> Sequence[Row | RowError]:
+        return [self._attempt(row) for row in rows]
+
+    def _attempt(self, row: Row) -> Row | RowError:
+        from ipvg_ray.media import images, videos
+
+        names = names_of(self.layout, row["identity_id"], row["prompt_id"])
+        for name in names:
+            try:
+                data = images.read_uri(f"{self.folder}/{name}")
+                break
+            except images.ImageError:
+                continue
+        else:
+            return RowError("missing_video", f"there is no {' or '.join(names)} in {self.folder}")
+        try:
+            info = videos.probe(data)
+        except videos.VideoError as error:
+            return RowError("broken_video", f"{name}: {error}")
+        return {
+            "video_uri": self._writer.publish("videos", row["identity_id"], row["prompt_id"], ".mp4", data),
+            "video_bytes": len(data),
+            "video_sha256": hashlib.sha256(data).hexdigest(),
+            "video_width": info.width,
+            "video_height": info.height,
+            "video_frames": info.frames,
+            "video_fps": info.fps,
+            "video_seconds": info.seconds,
+        }
