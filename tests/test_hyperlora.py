@@ -143,6 +143,74 @@ def test_several_reference_pictures_are_averaged(golden):
     torch.testing.assert_close(mixed.norm(dim=-1), torch.ones(1, 24), atol=1e-4, rtol=0)
 
 
+# -- the Base LoRA -----------------------------------------------------------------------------------------------------
+
+
+def add_base(folder: Path, rank: int = 2) -> dict[str, torch.Tensor]:
+    """Give a checkpoint a Base LoRA: bases of half the rank, and a resampler whose one condition is CLIP's features."""
+    generator = torch.Generator().manual_seed(3)
+    path = folder / "hyper_lora_modules.safetensors"
+    bases = load_file(path)
+    added = {}
+    for key, value in bases.items():
+        shape = [rank if size == 4 and i else size for i, size in enumerate(value.shape)]
+        added[key.replace(".id_", ".base_")] = torch.randn(shape, generator=generator)
+    save_file(bases | added, path)
+    tensors = load_file(folder / "resampler.safetensors")
+    kept = {k: v.clone() for k, v in tensors.items() if "attn3" not in k and not k.startswith("proj_in_2")}
+    kept["latents"] = torch.randn(kept["latents"].shape, generator=generator)
+    save_file(kept, folder / "base_resampler.safetensors")
+    return added
+
+
+@pytest.mark.shared
+def test_the_base_lora_comes_from_its_own_resampler_and_bases(copy):
+    embeds, features = golden_input(copy)
+    before = HyperLora.load(copy)
+    assert not before.has_base
+    with pytest.raises(HyperLoraError, match="no Base LoRA"):
+        before.base_tokens(features)
+    added = add_base(copy)
+    model = HyperLora.load(copy)
+    tokens = model.base_tokens(features)
+    assert torch.equal(model.tokens(embeds, features), before.tokens(embeds, features))
+    assert tokens.shape == (1, 24, 16)
+    torch.testing.assert_close(tokens.norm(dim=-1), torch.ones(1, 24), atol=1e-4, rtol=0)
+    assert (model.base_tokens(features.flip(1) * 2) - tokens).abs().max() > 0.01
+    made = model.base_lora(tokens)
+    assert made.keys() == model.lora(model.tokens(embeds, features)).keys()
+    pair = made["lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_v"]  # module 1, its third projection
+    assert (pair.down.shape, pair.up.shape) == ((2, 64), (32, 2))
+    down = sum(tokens[0, 8 + 4, d] * added["1.to_v.base_down_basis"][d] for d in range(16))
+    up = sum(tokens[0, 8 + 5, d] * added["1.to_v.base_up_basis"][d] for d in range(16))
+    torch.testing.assert_close(pair.down, down.T, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pair.up, up.T, atol=1e-5, rtol=0)
+
+
+@pytest.mark.shared
+def test_a_base_resampler_without_bases_is_refused(copy):
+    add_base(copy)
+    tensors = load_file(copy / "hyper_lora_modules.safetensors")
+    save_file({k: v for k, v in tensors.items() if ".base_" not in k}, copy / "hyper_lora_modules.safetensors")
+    with pytest.raises(HyperLoraError, match="base_down_basis"):
+        HyperLora.load(copy)
+
+
+@pytest.mark.shared
+def test_merged_loras_add_up(copy):
+    add_base(copy)
+    model = HyperLora.load(copy)
+    embeds, features = golden_input(copy)
+    identity, base = model.lora(model.tokens(embeds, features)), model.base_lora(model.base_tokens(features))
+    both = lora.merged([(identity, 0.85), (base, 0.5)])
+    for name, pair in both.items():
+        expected = 0.85 * identity[name].up @ identity[name].down + 0.5 * base[name].up @ base[name].down
+        torch.testing.assert_close(pair.up @ pair.down, expected, atol=1e-5, rtol=0)
+        assert len(pair.down) == 4 + 2
+    with pytest.raises(lora.LoraError, match="same layers"):
+        lora.merged([(identity, 1.0), ({}, 1.0)])
+
+
 # -- checkpoints with one encoder, and broken ones ---------------------------------------------------------------------
 
 
