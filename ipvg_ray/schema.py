@@ -52,15 +52,15 @@ def schema_dir() -> Path:
 
 
 def arrow_type(name: str) -> pa.DataType:
-    """Arrow type for a type name of the YAML files; `float32[512]` is a list of fixed length.
+    """Arrow type for a type name of the YAML files; `float32[512]` is a list of fixed length, `float32[]` of any.
 
     Raises:
         ValueError: for a name that is not known.
     """
     if name in _SCALARS:
         return _SCALARS[name]
-    if match := re.fullmatch(r"(\w+)\[(\d+)\]", name):
-        return pa.list_(_SCALARS[match[1]], int(match[2]))
+    if match := re.fullmatch(r"(\w+)\[(\d*)\]", name):
+        return pa.list_(_SCALARS[match[1]], int(match[2] or -1))
     raise ValueError(f"unknown column type {name!r}; known: {', '.join(_SCALARS)}, or one of them with [length]")
 
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from ipvg_ray.models import sdxl_load
 from ipvg_ray.models.mini import clip_vision, hyperlora, sdxl
+from ipvg_ray.models.sdxl import DrawSettings, Request, Sdxl
+from ipvg_ray.models.sdxl_load import SdxlError
+
+PROMPT = "fcsks fxhks fhyks, a woman in a red dress, close-up"
+NEGATIVE = "blurry, low quality"
+SMALL = {"height": 32, "width": 48, "steps": 3, "guidance": 5.0}
 
 torch.set_num_threads(1)  # networks this small are slower with more, much slower on a busy machine
 
@@ -30,3 +38,22 @@ def face(number: int, side: int = 72) -> np.ndarray:
     generator = np.random.default_rng(number)
     coarse = generator.integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return np.kron(coarse, np.ones((side // 6, side // 6, 1), np.uint8))
+
+
+def load_pipeline(minis: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The miniature SDXL below `minis`."""
+    return sdxl_load.load(minis / sdxl.NAME, minis / sdxl.CONFIG_NAME, dtype=dtype, device="cpu")
+
+
+def drawn(model: Sdxl, prompt: str = PROMPT, negative: str = NEGATIVE, seed: int = 1, **changes: Any) -> np.ndarray:
+    """One small picture; raises the error that it came out as."""
+    (result,) = model.draw([Request(prompt, seed)], DrawSettings(**(SMALL | changes), negative_prompt=negative))
+    if isinstance(result, SdxlError):
+        raise result
+    return result
+
+
+def words(count: int) -> str:
+    """A text of that many tokens in the miniature's vocabulary."""
+    known = ("woman", "man", "red", "dress", "smile", "street", "light")
+    return " ".join(known[i * i % len(known)] for i in range(count))

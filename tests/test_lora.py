@@ -12,7 +12,7 @@ from safetensors import safe_open
 from sdxl_minis import embedding, make_minis
 from torch import nn
 
-from ipvg_ray.models import sdxl
+from ipvg_ray.models import sdxl_load
 from ipvg_ray.models.hyperlora import ALPHA_PER_RANK, HyperLora, kohya_state_dict, save_lora
 from ipvg_ray.models.lora import LoraError, LoraLinear, LoraPair, PerSampleLora
 from ipvg_ray.models.mini import hyperlora as mini_hyperlora
@@ -29,7 +29,7 @@ def minis(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pipeline(minis) -> Any:
     place = minis / mini_sdxl.NAME, minis / mini_sdxl.CONFIG_NAME
-    return sdxl.load(*place, dtype=torch.float32, device="cpu")
+    return sdxl_load.load(*place, dtype=torch.float32, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_a_saved_lora_does_in_diffusers_what_it_does_here(minis, pipeline, hyper
     with PerSampleLora(unet, hyper.paths).applied([made], weight * ALPHA_PER_RANK):
         expected = unet(**batch).sample
     save_lora(tmp_path / "id001.safetensors", made, "id001")
-    theirs = sdxl.load(minis / mini_sdxl.NAME, minis / mini_sdxl.CONFIG_NAME, dtype=torch.float32, device="cpu")
+    theirs = sdxl_load.load(minis / mini_sdxl.NAME, minis / mini_sdxl.CONFIG_NAME, dtype=torch.float32, device="cpu")
     plain = theirs.unet(**batch).sample
     theirs.load_lora_weights(tmp_path, weight_name="id001.safetensors", adapter_name="id001")
     theirs.set_adapters("id001", weight)
