@@ -78,6 +78,7 @@ def test_the_non_commercial_ones_are_marked() -> None:
         "insightface/models/antelopev2",
         "hrnet_lip_5583_torch04.pth",
         "sdxl_hyper_id_lora_v1_fidelity",
+        "sdxl_hyper_id_lora_v1_edit",
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sdxl_minis import NEGATIVE, PROMPT, drawn, load_pipeline, make_minis, words
+from sdxl_minis import NEGATIVE, PROMPT, SMALL, drawn, embedding, load_pipeline, make_minis, words
 
 from ipvg_ray.models import sdxl_load
+from ipvg_ray.models.hyperlora import HyperLora
+from ipvg_ray.models.lora import PerSampleLora
+from ipvg_ray.models.mini import hyperlora as mini_hyperlora
 from ipvg_ray.models.mini import sdxl as mini_sdxl
 from ipvg_ray.models.mini.sdxl_keys import single_file
-from ipvg_ray.models.sdxl import Sdxl
-from ipvg_ray.models.sdxl_load import SdxlError
+from ipvg_ray.models.sdxl import DrawSettings, Request, Sdxl
+from ipvg_ray.models.sdxl_load import Memory, SdxlError
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +191,147 @@ def test_nan_is_an_error_not_a_black_picture(minis):
         pipeline.unet.conv_out.bias[0] = torch.nan
     with pytest.raises(SdxlError, match="NaN"):
         drawn(Sdxl(pipeline))
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [3, 8])
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_mixed_identities_in_one_batch_are_each_drawn_as_if_fused_alone(minis, samples, guidance):
+    """From noise to pixels: each sample with its own prompt, seed and LoRA, against a UNet with that LoRA fused."""
+    hyper = HyperLora.load(minis / mini_hyperlora.NAME)
+    features = torch.randn(samples, 17, 32, generator=torch.Generator().manual_seed(0))
+    made = [hyper.lora(hyper.tokens(embedding(i)[None], features[i : i + 1])) for i in range(samples)]
+    prompts = [words(4 + 30 * i) for i in range(samples)]  # one to four chunks
+    settings = DrawSettings(**(SMALL | {"guidance": guidance}), negative_prompt=NEGATIVE)
+    model = Sdxl(load_pipeline(minis))
+    model.adapt(PerSampleLora(model.unet, hyper.paths), 0.425)
+    together = model.draw([Request(p, i, made[i]) for i, p in enumerate(prompts)], settings)
+    plain = Sdxl(load_pipeline(minis))
+    for i, prompt in enumerate(prompts):
+        model = Sdxl(load_pipeline(minis))
+        with torch.no_grad():
+            for name, path in hyper.paths.items():
+                model.unet.get_submodule(path).weight += 0.425 * made[i][name].up @ made[i][name].down
+        alone = drawn(model, prompt, seed=i, guidance=guidance).astype(int)
+        assert np.abs(together[i] - alone).max() <= 1
+        assert np.abs(drawn(plain, prompt, seed=i, guidance=guidance) - alone).mean() > 1
+
+
+def test_guidance_is_one_call_per_step_whatever_the_batch(model):
+    sizes = []
+    hook = model.unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    model.draw([Request("a man", i) for i in range(5)], DrawSettings(**SMALL, negative_prompt=NEGATIVE))
+    hook.remove()
+    assert sizes == [10] * 3
+
+
+def test_nan_fails_the_picture_that_has_it(model, monkeypatch):
+    predict = model._predict
+
+    def spoiled(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        data = predict(x, *rest)
+        data[1] = torch.nan
+        return data
+
+    monkeypatch.setattr(model, "_predict", spoiled)
+    good, bad, other = model.draw([Request("a man", i) for i in range(3)], DrawSettings(**(SMALL | {"guidance": 1.0})))
+    assert isinstance(bad, SdxlError)
+    monkeypatch.undo()
+    for seed, made in ((0, good), (2, other)):
+        assert np.abs(made.astype(int) - drawn(model, "a man", seed=seed, guidance=1.0)).max() <= 1
+
+
+def test_an_adapter_is_not_forgotten(minis):
+    hyper, model = HyperLora.load(minis / mini_hyperlora.NAME), Sdxl(load_pipeline(minis))
+    model.adapt(PerSampleLora(model.unet, hyper.paths), 0.425)
+    with pytest.raises(SdxlError, match="without an adapter"):
+        drawn(model)
+
+
+# -- from a picture ----------------------------------------------------------------------------------------------------
+
+
+def start(number: int = 0) -> np.ndarray:
+    return np.kron(
+        np.random.default_rng(number).integers(0, 256, (4, 6, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8)
+    )
+
+
+@torch.no_grad()
+def test_outside_the_mask_the_latents_are_the_pictures(model, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(model, "_decode", lambda latents: decoded.append(latents) or [])
+    mask = np.zeros((32, 48), bool)
+    mask[8:24, 16:40] = True
+    settings = DrawSettings(**SMALL, negative_prompt=NEGATIVE, denoise=0.5)
+    model.draw([Request("a man", 1, picture=start(), mask=mask)], settings)
+    pixels = torch.from_numpy(start()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    latents = model.pipeline.vae.encode(pixels).latent_dist.mode() * model.pipeline.vae.config.scaling_factor
+    inside = torch.zeros(4, 6, dtype=torch.bool)
+    inside[1:3, 2:5] = True
+    assert torch.equal(decoded[0][..., ~inside], latents[..., ~inside])
+    assert (decoded[0] - latents)[..., inside].abs().mean() > 0.01
+
+
+def test_less_noise_stays_nearer_to_the_picture(model):
+    def distance(denoise: float) -> float:
+        settings = DrawSettings(**(SMALL | {"steps": 2}), negative_prompt=NEGATIVE, denoise=denoise)
+        little, none = (
+            model.draw([Request("a man", 1, picture=start(), mask=mask)], settings)[0].astype(int)
+            for mask in (None, np.zeros((32, 48), bool))  # an empty mask: what the VAE makes of the picture
+        )
+        return float(np.abs(little - none).mean())
+
+    assert 0 < distance(0.1) < distance(0.9)
+
+
+def test_what_a_request_lacks_is_said(model):
+    with pytest.raises(SdxlError, match="picture to begin with"):
+        drawn(model, denoise=0.5)
+
+
+# -- memory and speed --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "memory", [Memory(vae_slicing=True), Memory(vae_tiling=True), Memory(channels_last=True), Memory(compile=True)]
+)
+def test_memory_options_change_no_picture(minis, memory):
+    """Compiled by a backend that runs what was traced, so that the tracing is what is tested."""
+    hyper = HyperLora.load(minis / mini_hyperlora.NAME)
+    features = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(0))
+    made = [hyper.lora(hyper.tokens(embedding(i)[None], features[i : i + 1])) for i in range(2)]
+    results = []
+    for options in (Memory(), dataclasses.replace(memory, compile_backend="eager")):
+        pipeline = load_pipeline(minis)
+        model = Sdxl(pipeline)
+        model.adapt(PerSampleLora(model.unet, hyper.paths), 0.425)
+        sdxl_load.tune(pipeline, options, "cpu")
+        requests = [Request(words(5), 0, made[0]), Request(words(90), 1, made[1])]
+        settings = DrawSettings(**SMALL, negative_prompt=NEGATIVE)
+        results.append([*model.draw(requests, settings), *model.draw(requests[:1], settings)])
+    for plain, tuned in zip(*results, strict=True):
+        assert np.abs(plain.astype(int) - tuned).max() <= 1
+
+
+def test_offloading_wants_a_gpu(pipeline):
+    with pytest.raises(SdxlError, match="offload"):
+        sdxl_load.tune(pipeline, Memory(offload=True), "cpu")
+
+
+def test_another_vae_can_take_the_place_of_the_checkpoints(minis, pipeline, model, tmp_path):
+    from diffusers import AutoencoderKL
+
+    other = AutoencoderKL.from_config(pipeline.vae.config)
+    other.save_pretrained(tmp_path / "vae")
+    place = minis / mini_sdxl.NAME, minis / mini_sdxl.CONFIG_NAME
+    changed = sdxl_load.load(*place, dtype=torch.float32, device="cpu", vae=tmp_path / "vae", vae_dtype=torch.bfloat16)
+    assert {p.dtype for p in changed.vae.parameters()} == {torch.bfloat16}
+    assert np.abs(drawn(Sdxl(changed)).astype(int) - drawn(model)).mean() > 1
+    with pytest.raises(SdxlError, match="gone"):
+        sdxl_load.load(*place, dtype=torch.float32, device="cpu", vae=tmp_path / "gone")
 
 
 # -- the miniature -----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 
 from ipvg_ray.models.clip_vision import ClipVision
 from ipvg_ray.models.hyperlora import ALPHA_PER_RANK, HyperLora
-from ipvg_ray.models.lora import Adapter, PerSampleLora, merged
+from ipvg_ray.models.lora import Adapter, LoraPair, PerSampleLora, merged
 from ipvg_ray.models.sdxl import DrawSettings, Request, Sdxl
 from ipvg_ray.models.sdxl_load import SdxlError
 
@@ -109,9 +109,14 @@ class Painter:
         """The identity's LoRA, merged with its Base LoRA where that has a weight."""
         features = torch.cat([self.clip.penultimate(picture) for picture in identity.pictures])
         embeddings = torch.from_numpy(np.asarray(identity.embeddings, np.float32)).to(features.device)
-        lora = self.hyperlora.lora(self.hyperlora.tokens(embeddings, features))
+        lora = self._placed(self.hyperlora.lora(self.hyperlora.tokens(embeddings, features)))
         if not self.base_weight:
             return lora
         base_features = torch.cat([self.clip.penultimate(picture) for picture in identity.base_pictures])
-        base = self.hyperlora.base_lora(self.hyperlora.base_tokens(base_features))
+        base = self._placed(self.hyperlora.base_lora(self.hyperlora.base_tokens(base_features)))
         return merged([(lora, self.weight), (base, self.base_weight)])
+
+    def _placed(self, lora: Adapter) -> Adapter:
+        """On the device and in the precision of the UNet; HyperLoRA itself may lie in host memory."""
+        where = {"device": self.sdxl.device, "dtype": self.sdxl.unet.dtype}
+        return {name: LoraPair(pair.down.to(**where), pair.up.to(**where)) for name, pair in lora.items()}

@@ -20,7 +20,7 @@ class Memory:
     """How SDXL is held on its device.
 
     Attributes:
-        offload: keep the parts in host memory and move each to the GPU while it works.
+        offload: keep SDXL's parts in host memory and move each to the GPU while it works.
         vae_slicing: decode the pictures of a batch one after another.
         vae_tiling: decode large pictures in overlapping tiles; changes pixels slightly.
         channels_last: the convolutions' weights in the layout that tensor cores read.

@@ -176,10 +176,12 @@ class FirstFrameStage(Stage):
         controlnet = None
         if section.controlnet is not None:
             controlnet = sdxl_load.load_controlnet(places["controlnet"], dtype=dtype, device=device)
+        # They work once per identity: on a small card they leave it to SDXL (and half precision is slow on CPUs).
+        beside = {"dtype": torch.float32, "device": "cpu"} if options.offload else {"dtype": dtype, "device": device}
         painter = Painter(
             Sdxl(pipeline, device, clip_skip=section.clip_skip, controlnet=controlnet),
-            HyperLora.load(places["hyperlora"], dtype=dtype, device=device),
-            ClipVision.load(places["clip_vision"], dtype=dtype, device=device),
+            HyperLora.load(places["hyperlora"], **beside),
+            ClipVision.load(places["clip_vision"], **beside),
             section.weight,
             section.base_weight,
             options.kept_identities,
