@@ -45,24 +45,24 @@ def export_lora(settings: Config, pictures: Sequence[Path], target: Path, name: 
     Raises:
         ExportError: where a model is missing, a picture cannot be read or shows no face.
     """
-    import torch
-
     from ipvg_ray.media import images
     from ipvg_ray.models.clip_vision import ClipVision
     from ipvg_ray.models.hyperlora import HyperLora, save_lora
+    from ipvg_ray.models.lora import LoraPair
+    from ipvg_ray.models.painter import Identity, identity_lora
 
     section, place = settings.first_frame, settings.models.path
     rows = _prepared(settings, pictures, device)
     try:
         hyperlora = HyperLora.load(place(section.hyperlora), device=device)
         clip = ClipVision.load(place(section.clip_vision), device=device)
-        features = torch.cat([clip.penultimate(images.decode(row["id_picture"]["bytes"])) for row in rows])
-        embeddings = torch.tensor(np.array([row["id_embedding"] for row in rows]), dtype=torch.float32, device=device)
-        pairs = hyperlora.lora(hyperlora.tokens(embeddings, features))
+        seen = tuple(images.decode(row["id_picture"]["bytes"]) for row in rows)
+        person = Identity(name, seen, np.array([row["id_embedding"] for row in rows], np.float32))
+        pairs = identity_lora(hyperlora, clip, person)
     except ValueError as error:
         raise ExportError(str(error)) from error
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_lora(target, {key: type(pair)(pair.down.half(), pair.up.half()) for key, pair in pairs.items()}, name)
+    save_lora(target, {key: LoraPair(pair.down.half(), pair.up.half()) for key, pair in pairs.items()}, name)
     return hyperlora.rank
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from ipvg_ray.models import sdxl_load
 from ipvg_ray.models.mini import clip_vision, hyperlora, sdxl
@@ -57,3 +58,20 @@ def words(count: int) -> str:
     """A text of that many tokens in the miniature's vocabulary."""
     known = ("woman", "man", "red", "dress", "smile", "street", "light")
     return " ".join(known[i * i % len(known)] for i in range(count))
+
+
+def add_base(folder: Path, rank: int = 2) -> dict[str, torch.Tensor]:
+    """Give a checkpoint a Base LoRA: bases of half the rank, and a resampler whose one condition is CLIP's features."""
+    generator = torch.Generator().manual_seed(3)
+    path = folder / "hyper_lora_modules.safetensors"
+    bases = load_file(path)
+    added = {}
+    for key, value in bases.items():
+        shape = [rank if size == 4 and i else size for i, size in enumerate(value.shape)]
+        added[key.replace(".id_", ".base_")] = torch.randn(shape, generator=generator)
+    save_file(bases | added, path)
+    tensors = load_file(folder / "resampler.safetensors")
+    kept = {k: v.clone() for k, v in tensors.items() if "attn3" not in k and not k.startswith("proj_in_2")}
+    kept["latents"] = torch.randn(kept["latents"].shape, generator=generator)
+    save_file(kept, folder / "base_resampler.safetensors")
+    return added

@@ -19,11 +19,13 @@ class Machine:
     def __init__(self, most: int = 100) -> None:
         self.batches: list[tuple[Any, list[int]]] = []
         self.most = most
+        self.calls: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
 
     def __call__(self, key: Any, jobs: list[int]) -> list[int]:
         self.gate.wait(10)
+        self.calls.append(len(jobs))
         if 13 in jobs or len(jobs) > self.most:
             raise RuntimeError("broken")
         self.batches.append((key, list(jobs)))
@@ -138,8 +140,10 @@ def test_a_lonely_job_is_passed_over_only_so_often(batcher, machine):
     assert 1 <= machine.batches.index(("odd", [99])) <= PATIENCE + 1
 
 
-def test_a_guilty_job_fails_alone(batcher):
+def test_a_guilty_job_fails_alone(batcher, machine):
     ends = batcher.work([asking(i) for i in (1, 2, 13, 4)])
+    batcher.work([asking(i) for i in range(4)])
+    assert machine.sizes()[-1] == 4  # it was not the size
     assert [end for end in ends if not isinstance(end, Exception)] == [[2], [4], [8]]
     assert isinstance(ends[2], RuntimeError)
 
@@ -149,6 +153,9 @@ def test_batches_that_are_too_large_are_halved():
     batcher = Batcher(machine, size=8)
     assert batcher.work([asking(i) for i in range(8)]) == [[2 * i] for i in range(8)]
     assert machine.sizes() == [2, 2, 2, 2]
+    assert machine.calls == [8, 4, 2, 2, 4, 2, 2]
+    batcher.work([asking(i) for i in range(8)])
+    assert machine.calls[7:] == [2, 2, 2, 2]  # once is enough to know
     batcher.close()
 
 

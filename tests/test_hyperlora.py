@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sdxl_minis import make_minis
+from sdxl_minis import add_base, make_minis
 from torch import nn
 
 from ipvg_ray.models import hyperlora, lora
@@ -144,23 +144,6 @@ def test_several_reference_pictures_are_averaged(golden):
 
 
 # -- the Base LoRA -----------------------------------------------------------------------------------------------------
-
-
-def add_base(folder: Path, rank: int = 2) -> dict[str, torch.Tensor]:
-    """Give a checkpoint a Base LoRA: bases of half the rank, and a resampler whose one condition is CLIP's features."""
-    generator = torch.Generator().manual_seed(3)
-    path = folder / "hyper_lora_modules.safetensors"
-    bases = load_file(path)
-    added = {}
-    for key, value in bases.items():
-        shape = [rank if size == 4 and i else size for i, size in enumerate(value.shape)]
-        added[key.replace(".id_", ".base_")] = torch.randn(shape, generator=generator)
-    save_file(bases | added, path)
-    tensors = load_file(folder / "resampler.safetensors")
-    kept = {k: v.clone() for k, v in tensors.items() if "attn3" not in k and not k.startswith("proj_in_2")}
-    kept["latents"] = torch.randn(kept["latents"].shape, generator=generator)
-    save_file(kept, folder / "base_resampler.safetensors")
-    return added
 
 
 @pytest.mark.shared

@@ -72,7 +72,7 @@ class RuntimeConfig(Section):
     batch: int = Field(8, ge=1)
     kept_identities: int = Field(32, ge=1)
     offload: bool = False
-    vae_slicing: bool = False
+    vae_slicing: bool = True
     vae_tiling: bool = False
     channels_last: bool = False
     compile: bool = False

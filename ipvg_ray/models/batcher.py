@@ -9,11 +9,14 @@ have just begun.
 from __future__ import annotations
 
 import itertools
+import logging
 import queue
 import threading
 from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Job = tuple[Hashable, Any]
@@ -50,7 +53,8 @@ class Batcher:
 
     Args:
         run: (key, jobs) to their results, in order. Called from one thread only. Where it raises for several jobs, the
-            halves are tried apart: so that a batch too large for the memory shrinks, and a guilty job fails alone.
+            halves are tried apart, so that a guilty job fails alone. Where both halves then work, the batch was too
+            large (for the memory, it may be supposed), and later ones of that key are no larger than a half.
         size: jobs in a batch at most.
         linger_s: how long an incomplete batch waits for rows that are at work elsewhere (they read or write a picture)
             and may soon have a job for it.
@@ -59,6 +63,7 @@ class Batcher:
     def __init__(self, run: Callable[[Any, Sequence[Any]], Sequence[Any]], size: int, linger_s: float = 0.25) -> None:
         self._run = run
         self._size = size
+        self._fitting: dict[Hashable, int] = {}
         self._linger_s = linger_s
         self._changed = threading.Condition()
         self._waiting: list[_Waiting] = []
@@ -133,7 +138,7 @@ class Batcher:
 
     def _serve(self) -> None:
         while batch := self._next_batch():
-            self._try([each.job for each in batch], batch)
+            self._try(batch)
 
     def _next_batch(self) -> list[_Waiting]:
         """The next batch's jobs, [] after `close`."""
@@ -157,28 +162,39 @@ class Batcher:
         return list(groups.values())
 
     def _full(self) -> bool:
-        return any(len(group) >= self._size for group in self._groups())
+        return any(len(group) >= self._most(group) for group in self._groups())
+
+    def _most(self, group: list[_Waiting]) -> int:
+        return self._fitting.get(group[0].key, self._size)
 
     def _chosen(self) -> list[_Waiting]:
         """The group that was passed over too often, else the largest; of equals, the one that waits longest."""
         groups = self._groups()
         late = [group for group in groups if group[0].passed_over >= PATIENCE]
         best = max(late or groups, key=lambda group: (0 if late else min(len(group), self._size), -group[0].number))
-        return best[: self._size]
+        return best[: self._most(best)]
 
-    def _try(self, jobs: list[Any], batch: list[_Waiting]) -> None:
+    def _try(self, batch: list[_Waiting]) -> bool:
+        """Run a batch, or in halves what fails as a whole; whether every job got its result."""
         try:
-            results = self._run(batch[0].key, jobs)
+            results = self._run(batch[0].key, [each.job for each in batch])
         except Exception as error:
-            if len(batch) > 1:
-                half = len(batch) // 2
-                self._try(jobs[:half], batch[:half])
-                self._try(jobs[half:], batch[half:])
-            else:
-                self._deliver(batch[0], None, error)
-            return
-        for each, result in zip(batch, results, strict=True):
-            self._deliver(each, result, None)
+            alone = error if len(batch) == 1 else None
+        else:
+            for each, result in zip(batch, results, strict=True):
+                self._deliver(each, result, None)
+            return True
+        if alone is not None:
+            self._deliver(batch[0], None, alone)
+            return False
+        # Out of the except clause: while its error lives, so does all that the failed call held in the GPU's memory.
+        half = len(batch) // 2
+        worked = [self._try(batch[:half]), self._try(batch[half:])]
+        if all(worked):
+            key = batch[0].key
+            self._fitting[key] = min(half, self._fitting.get(key, half))
+            log.warning("batches of %d fail where halves do not; from now on %d for %s", len(batch), half, key)
+        return all(worked)
 
     def _deliver(self, each: _Waiting, result: Any, error: BaseException | None) -> None:
         row = each.row

@@ -107,16 +107,23 @@ class Painter:
 
     def make_adapter(self, identity: Identity) -> Adapter:
         """The identity's LoRA, merged with its Base LoRA where that has a weight."""
-        features = torch.cat([self.clip.penultimate(picture) for picture in identity.pictures])
-        embeddings = torch.from_numpy(np.asarray(identity.embeddings, np.float32)).to(features.device)
-        lora = self._placed(self.hyperlora.lora(self.hyperlora.tokens(embeddings, features)))
+        lora = self._placed(identity_lora(self.hyperlora, self.clip, identity))
         if not self.base_weight:
             return lora
-        base_features = torch.cat([self.clip.penultimate(picture) for picture in identity.base_pictures])
-        base = self._placed(self.hyperlora.base_lora(self.hyperlora.base_tokens(base_features)))
+        features = torch.cat([self.clip.penultimate(picture) for picture in identity.base_pictures])
+        base = self._placed(self.hyperlora.base_lora(self.hyperlora.base_tokens(features)))
         return merged([(lora, self.weight), (base, self.base_weight)])
 
     def _placed(self, lora: Adapter) -> Adapter:
         """On the device and in the precision of the UNet; HyperLoRA itself may lie in host memory."""
         where = {"device": self.sdxl.device, "dtype": self.sdxl.unet.dtype}
         return {name: LoraPair(pair.down.to(**where), pair.up.to(**where)) for name, pair in lora.items()}
+
+
+def identity_lora(hyperlora: HyperLora, clip: ClipVision, identity: Identity) -> dict[str, LoraPair]:
+    """The ID LoRA of a person from all reference pictures; CLIP looks at them only where the checkpoint reads it."""
+    embeddings = torch.from_numpy(np.asarray(identity.embeddings, np.float32))
+    features = None
+    if hyperlora.clip_width is not None:
+        features = torch.cat([clip.penultimate(picture) for picture in identity.pictures])
+    return hyperlora.lora(hyperlora.tokens(embeddings, features))
