@@ -14,6 +14,7 @@ import numpy as np
 from ipvg_ray.media import images, provenance
 from ipvg_ray.models import face_detail
 from ipvg_ray.models.batcher import Batcher, Procedure
+from ipvg_ray.models.best_of import Attempt, Best, best_of, is_similar
 from ipvg_ray.models.faces import Face, FaceAnalyser, choose
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
 
@@ -34,40 +35,6 @@ class Subject:
     embedding: np.ndarray
     prompt: str
     control: np.ndarray | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Attempt:
-    """One finished try.
-
-    Attributes:
-        seed: what it was drawn with.
-        picture: RGB uint8 (height, width, 3); None where the model gave none.
-        refused: why it cannot be taken, or None.
-        similarity: cosine of its largest face and the reference; None where it shows no face.
-        detail: how the face detail pass went: done, no_face, too_small or off.
-        faces: drawn anew by it.
-    """
-
-    seed: int
-    picture: np.ndarray | None
-    refused: str | None = None
-    similarity: float | None = None
-    detail: str = "off"
-    faces: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Best:
-    """All attempts of a picture, the number of the one that was taken, and why."""
-
-    attempts: list[Attempt]
-    number: int
-    reason: str
-
-    @property
-    def taken(self) -> Attempt:
-        return self.attempts[self.number]
 
 
 class FirstFrameStage(Stage):
@@ -319,18 +286,15 @@ class FirstFrameStage(Stage):
         for number in range(section.attempts):
             attempt = yield from self._attempt(subject, drawing, derived_seed(seed, number) if number else seed)
             attempts.append(attempt)
-            if not attempt.refused and attempt.similarity is not None and attempt.similarity > section.similarity:
-                return Best(attempts, number, "similar")
-        usable = [number for number, attempt in enumerate(attempts) if not attempt.refused]
-        if not usable:
+            if is_similar(attempt, section.similarity):
+                break
+        best = best_of(attempts, section.similarity)
+        if best is None:
             reasons = "; ".join(f"attempt {n}: {a.refused}" for n, a in enumerate(attempts, 1))
             if any(a.picture is not None for a in attempts):
                 raise RowError("unsafe", f"the safety model let no attempt pass ({reasons}); change the prompt")
             raise RowError("bad_first_frame", reasons)
-        seen = [number for number in usable if attempts[number].similarity is not None]
-        if not seen:
-            return Best(attempts, usable[0], "no_face")
-        return Best(attempts, max(seen, key=lambda n: (attempts[n].similarity, -n)), "best")
+        return best
 
     def _attempt(self, subject: Subject, drawing: DrawSettings, seed: int) -> Procedure[Attempt]:
         from ipvg_ray.models.painter import Painting
