@@ -75,3 +75,10 @@ def add_base(folder: Path, rank: int = 2) -> dict[str, torch.Tensor]:
     kept["latents"] = torch.randn(kept["latents"].shape, generator=generator)
     save_file(kept, folder / "base_resampler.safetensors")
     return added
+
+
+def one_condition(folder: Path) -> None:
+    """Take the second condition out of a checkpoint."""
+    tensors = load_file(folder / "resampler.safetensors")
+    kept = {k: v for k, v in tensors.items() if "attn3" not in k and not k.startswith("proj_in_2")}
+    save_file(kept, folder / "resampler.safetensors")

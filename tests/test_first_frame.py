@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 from first_frame_stage import NoMedia, picture, row, started
-from sdxl_minis import embedding, face, make_minis
+from sdxl_minis import embedding, face, make_minis, one_condition
 
 from ipvg_ray import config
 from ipvg_ray.media import images
+from ipvg_ray.models.mini import hyperlora as mini_hyperlora
 from ipvg_ray.pipeline.stage import RowError, StageContext
 from ipvg_ray.stages.first_frame import FirstFrameStage
 
@@ -139,6 +141,27 @@ def test_an_identitys_lora_is_made_once_and_few_are_kept(models, monkeypatch):
 def test_a_kept_lora_draws_what_a_new_one_does(models, stage, monkeypatch):
     kept = [stage.process([row(1, prompt)])[0] for prompt in (1, 2)][1]
     assert kept == started(models, monkeypatch).process([row(1, 2)])[0]
+
+
+@pytest.mark.parametrize("encoders", ["arcface", "clip"])
+def test_a_checkpoint_of_one_encoder_is_asked_with_that_alone(models, monkeypatch, encoders):
+    folder = models / f"{encoders}-alone"
+    shutil.copytree(models / mini_hyperlora.NAME, folder, dirs_exist_ok=True)
+    one_condition(folder)
+    if encoders == "clip":
+        (folder / "id_projector.safetensors").unlink()
+    stage = started(models, monkeypatch, hyperlora=folder.name)
+    looks = []
+    monkeypatch.setattr(
+        stage._painter.clip, "penultimate", lambda p: looks.append(1) or torch.ones(1, 17, 32) * p.mean()
+    )
+    changes = {"id_embedding": embedding(9).tolist()}, {"id_picture": images.encode(face(9))}
+    base, other_face, other_picture = (
+        stage.process([row(identity_id=str(n), **change)])[0] for n, change in enumerate(({}, *changes))
+    )
+    assert bool(looks) == (encoders == "clip")
+    assert np.array_equal(picture(base), picture(other_face)) == (encoders == "clip")
+    assert np.array_equal(picture(base), picture(other_picture)) == (encoders == "arcface")
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------

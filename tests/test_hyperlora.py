@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sdxl_minis import add_base, make_minis
+from sdxl_minis import add_base, make_minis, one_condition
 from torch import nn
 
 from ipvg_ray.models import hyperlora, lora
@@ -195,13 +195,6 @@ def test_merged_loras_add_up(copy):
 
 
 # -- checkpoints with one encoder, and broken ones ---------------------------------------------------------------------
-
-
-def one_condition(folder: Path) -> None:
-    """Take the second condition out of a checkpoint."""
-    tensors = load_file(folder / "resampler.safetensors")
-    kept = {k: v for k, v in tensors.items() if "attn3" not in k and not k.startswith("proj_in_2")}
-    save_file(kept, folder / "resampler.safetensors")
 
 
 @pytest.mark.shared

@@ -92,11 +92,9 @@ class FirstFrameStage(Stage):
     # -- loading -----------------------------------------------------------------------------------------------------
 
     def setup(self, context: StageContext) -> None:
-        import torch
-
         from ipvg_ray.models.safety import SafetyCheck
 
-        torch.set_num_threads(context.threads)
+        self._threads = context.threads
         section, places = self.settings, self.models()
         self._run_name = context.run_dir.rstrip("/").rpartition("/")[2]
         self._painter = self._load_painter(context.device)
@@ -169,6 +167,9 @@ class FirstFrameStage(Stage):
 
     def _run(self, key: Any, jobs: Sequence[Any]) -> Sequence[Any]:
         """What the batcher's thread does: all use of the networks is here."""
+        import torch
+
+        torch.set_num_threads(self._threads)  # which OpenMP keeps for each thread of its own
         if key == _SAFETY and self._safety is not None:
             return self._safety.scores(jobs)
         return self._painter.paint(jobs, key)
