@@ -36,8 +36,8 @@ def landmarks(side: int = 300) -> np.ndarray:
 def with_picture(number: int, **changes: object) -> dict[str, Any]:
     whole = images.encode(face(number, side=300))
     digest = hashlib.sha256(whole["bytes"]).hexdigest()
-    points = landmarks().ravel().tolist()
-    return row(1, image=whole, image_sha256=digest, landmarks_106=points, **changes)
+    columns = {"image": whole, "image_sha256": digest, "landmarks_106": landmarks().ravel().tolist()}
+    return row(1, **(columns | changes))
 
 
 def test_the_face_is_blurred_out_and_the_rest_is_not():

@@ -216,7 +216,8 @@ def test_mixed_identities_in_one_batch_are_each_drawn_as_if_fused_alone(minis, s
                 model.unet.get_submodule(path).weight += 0.425 * made[i][name].up @ made[i][name].down
         alone = drawn(model, prompt, seed=i, guidance=guidance).astype(int)
         assert np.abs(together[i] - alone).max() <= 1
-        assert np.abs(drawn(plain, prompt, seed=i, guidance=guidance) - alone).mean() > 1
+        assert np.abs(together[i] - alone).mean() < 0.02
+        assert np.abs(drawn(plain, prompt, seed=i, guidance=guidance) - alone).mean() > 0.3
 
 
 def test_guidance_is_one_call_per_step_whatever_the_batch(model):
