@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from first_frame_stage import NoMedia, picture, row, started
@@ -39,6 +40,8 @@ def stage(models, monkeypatch) -> FirstFrameStage:
 def test_the_row_holds_the_picture_as_configured(models, monkeypatch):
     (result,) = started(models, monkeypatch, format="jpeg").process([row()])
     assert tuple(result) == tuple(FirstFrameStage.table().columns)
+    stored = pa.Table.from_pylist([result], schema=FirstFrameStage.table().schema)
+    assert stored.to_pylist()[0]["first_frame_similarities"] == [None]
     assert (result["first_frame_width"], result["first_frame_height"]) == (88, 64)
     assert result["first_frame"]["bytes"][:3] == b"\xff\xd8\xff"
     assert picture(result).shape == (64, 88, 3)
