@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ipvg_ray import __version__, cli_evaluate, cli_models, config, tables
+from ipvg_ray import __version__, cli_evaluate, cli_hyperlora, cli_models, config, tables
 from ipvg_ray.cli_options import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
@@ -33,6 +33,7 @@ HELP = "Turn a set of faces and prompts into identity-preserving videos; resumab
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=HELP)
 dataset_app = typer.Typer(no_args_is_help=True, help="Read identity sets, make the demonstration set.")
 app.add_typer(cli_models.app, name="models")
+app.add_typer(cli_hyperlora.app, name="hyperlora")
 app.add_typer(dataset_app, name="dataset")
 cli_evaluate.register(app)
 

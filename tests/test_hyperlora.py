@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sdxl_minis import make_minis
+from sdxl_minis import add_base, make_minis, one_condition
 from torch import nn
 
 from ipvg_ray.models import hyperlora, lora
@@ -143,14 +143,58 @@ def test_several_reference_pictures_are_averaged(golden):
     torch.testing.assert_close(mixed.norm(dim=-1), torch.ones(1, 24), atol=1e-4, rtol=0)
 
 
+# -- the Base LoRA -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.shared
+def test_the_base_lora_comes_from_its_own_resampler_and_bases(copy):
+    embeds, features = golden_input(copy)
+    before = HyperLora.load(copy)
+    assert not before.has_base
+    with pytest.raises(HyperLoraError, match="no Base LoRA"):
+        before.base_tokens(features)
+    added = add_base(copy)
+    model = HyperLora.load(copy)
+    tokens = model.base_tokens(features)
+    assert torch.equal(model.tokens(embeds, features), before.tokens(embeds, features))
+    assert tokens.shape == (1, 24, 16)
+    torch.testing.assert_close(tokens.norm(dim=-1), torch.ones(1, 24), atol=1e-4, rtol=0)
+    assert (model.base_tokens(features.flip(1) * 2) - tokens).abs().max() > 0.01
+    made = model.base_lora(tokens)
+    assert made.keys() == model.lora(model.tokens(embeds, features)).keys()
+    pair = made["lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_v"]  # module 1, its third projection
+    assert (pair.down.shape, pair.up.shape) == ((2, 64), (32, 2))
+    down = sum(tokens[0, 8 + 4, d] * added["1.to_v.base_down_basis"][d] for d in range(16))
+    up = sum(tokens[0, 8 + 5, d] * added["1.to_v.base_up_basis"][d] for d in range(16))
+    torch.testing.assert_close(pair.down, down.T, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pair.up, up.T, atol=1e-5, rtol=0)
+
+
+@pytest.mark.shared
+def test_a_base_resampler_without_bases_is_refused(copy):
+    add_base(copy)
+    tensors = load_file(copy / "hyper_lora_modules.safetensors")
+    save_file({k: v for k, v in tensors.items() if ".base_" not in k}, copy / "hyper_lora_modules.safetensors")
+    with pytest.raises(HyperLoraError, match="base_down_basis"):
+        HyperLora.load(copy)
+
+
+@pytest.mark.shared
+def test_merged_loras_add_up(copy):
+    add_base(copy)
+    model = HyperLora.load(copy)
+    embeds, features = golden_input(copy)
+    identity, base = model.lora(model.tokens(embeds, features)), model.base_lora(model.base_tokens(features))
+    both = lora.merged([(identity, 0.85), (base, 0.5)])
+    for name, pair in both.items():
+        expected = 0.85 * identity[name].up @ identity[name].down + 0.5 * base[name].up @ base[name].down
+        torch.testing.assert_close(pair.up @ pair.down, expected, atol=1e-5, rtol=0)
+        assert len(pair.down) == 4 + 2
+    with pytest.raises(lora.LoraError, match="same layers"):
+        lora.merged([(identity, 1.0), ({}, 1.0)])
+
+
 # -- checkpoints with one encoder, and broken ones ---------------------------------------------------------------------
-
-
-def one_condition(folder: Path) -> None:
-    """Take the second condition out of a checkpoint."""
-    tensors = load_file(folder / "resampler.safetensors")
-    kept = {k: v for k, v in tensors.items() if "attn3" not in k and not k.startswith("proj_in_2")}
-    save_file(kept, folder / "resampler.safetensors")
 
 
 @pytest.mark.shared

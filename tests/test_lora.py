@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from sdxl_minis import embedding, make_minis
 from torch import nn
 
-from ipvg_ray.models import sdxl
-from ipvg_ray.models.hyperlora import ALPHA_PER_RANK, HyperLora, kohya_state_dict
+from ipvg_ray.models import sdxl_load
+from ipvg_ray.models.hyperlora import ALPHA_PER_RANK, HyperLora, kohya_state_dict, save_lora
 from ipvg_ray.models.lora import LoraError, LoraLinear, LoraPair, PerSampleLora
 from ipvg_ray.models.mini import hyperlora as mini_hyperlora
 from ipvg_ray.models.mini import sdxl as mini_sdxl
@@ -28,7 +29,7 @@ def minis(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pipeline(minis) -> Any:
     place = minis / mini_sdxl.NAME, minis / mini_sdxl.CONFIG_NAME
-    return sdxl.load(*place, dtype=torch.float32, device="cpu")
+    return sdxl_load.load(*place, dtype=torch.float32, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +127,18 @@ def test_a_mixed_batch_equals_the_fused_weights_sample_by_sample(unet, hyper, sa
     assert torch.equal(unet(**batch).sample, plain)
 
 
+@pytest.mark.parametrize("samples", [1, 3, 8])
 @torch.no_grad()
-def test_guidance_gives_both_halves_the_same_pairs(unet, hyper):
-    made, batch = adapters(hyper, 3), inputs(unet, 6)
+def test_guidance_gives_both_halves_the_same_pairs(unet, hyper, samples):
+    made, batch = adapters(hyper, samples), inputs(unet, 2 * samples)
     expected = torch.empty_like(batch["sample"])
-    for i in range(3):
-        rows = [i, 3 + i]
+    for i in range(samples):
+        rows = [i, samples + i]
         expected[rows] = fused(unet, hyper.paths, made[i], SCALE)(**pick(batch, rows)).sample
-    with PerSampleLora(unet, hyper.paths).applied(made, SCALE):
-        torch.testing.assert_close(unet(**batch).sample, expected, atol=1e-4, rtol=0)
+    adapted = PerSampleLora(unet, hyper.paths)
+    for copies in (1, 2):
+        with adapted.applied(made, SCALE, copies):
+            torch.testing.assert_close(unet(**batch).sample, expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -153,6 +157,36 @@ def test_it_is_the_lora_that_diffusers_would_read(hyper):
         torch.testing.assert_close(ALPHA_PER_RANK * made[name].up @ made[name].down, scaled, atol=1e-6, rtol=0)
     assert not state
     assert not alphas
+
+
+@pytest.mark.parametrize("weight", [0.85, 0.3])
+@torch.no_grad()
+def test_a_saved_lora_does_in_diffusers_what_it_does_here(minis, pipeline, hyper, tmp_path, weight):
+    """The file that `ipvg-ray hyperlora export` writes, through `load_lora_weights` as diffusers' users load it."""
+    pytest.importorskip("peft", reason="diffusers loads LoRA files through peft")
+    (made,) = adapters(hyper, 1)
+    batch = inputs(pipeline.unet, 1)
+    unet = copy.deepcopy(pipeline.unet)
+    with PerSampleLora(unet, hyper.paths).applied([made], weight * ALPHA_PER_RANK):
+        expected = unet(**batch).sample
+    save_lora(tmp_path / "id001.safetensors", made, "id001")
+    theirs = sdxl_load.load(minis / mini_sdxl.NAME, minis / mini_sdxl.CONFIG_NAME, dtype=torch.float32, device="cpu")
+    plain = theirs.unet(**batch).sample
+    theirs.load_lora_weights(tmp_path, weight_name="id001.safetensors", adapter_name="id001")
+    theirs.set_adapters("id001", weight)
+    loaded = theirs.unet(**batch).sample
+    assert (expected - plain).abs().max() > 0.01
+    torch.testing.assert_close(loaded, expected, atol=1e-4, rtol=0)
+
+
+def test_a_saved_lora_says_what_it_is(hyper, tmp_path):
+    (made,) = adapters(hyper, 1)
+    save_lora(tmp_path / "a.safetensors", made, "id001")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        described = file.metadata()
+        assert len(file.keys()) == 3 * len(made)
+    assert described["modelspec.trigger_phrase"] == "fcsks fxhks fhyks"
+    assert (described["ss_network_dim"], described["ss_network_alpha"]) == ("4", "2.0")
 
 
 @torch.no_grad()

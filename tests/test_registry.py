@@ -86,6 +86,7 @@ def test_the_non_commercial_ones_are_marked() -> None:
         "resnet18_110.pth",
         "musiq_spaq_ckpt-358bb6af.pth",
         "amt-s.pth",
+        "sdxl_hyper_id_lora_v1_edit",
     }
 
 

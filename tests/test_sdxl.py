@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sdxl_minis import make_minis
+from sdxl_minis import NEGATIVE, PROMPT, SMALL, drawn, embedding, load_pipeline, make_minis, words
 
-from ipvg_ray.models import sdxl
+from ipvg_ray.models import sdxl_load
+from ipvg_ray.models.hyperlora import HyperLora
+from ipvg_ray.models.lora import PerSampleLora
+from ipvg_ray.models.mini import hyperlora as mini_hyperlora
 from ipvg_ray.models.mini import sdxl as mini_sdxl
 from ipvg_ray.models.mini.sdxl_keys import single_file
-from ipvg_ray.models.sdxl import Sdxl, SdxlError
-
-SMALL = {"height": 32, "width": 48, "steps": 3, "guidance": 5.0}
-PROMPT = "fcsks fxhks fhyks, a woman in a red dress, close-up"
-NEGATIVE = "blurry, low quality"
+from ipvg_ray.models.sdxl import DrawSettings, Request, Sdxl
+from ipvg_ray.models.sdxl_load import Memory, SdxlError
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +28,9 @@ def minis(tmp_path_factory) -> Path:
     return make_minis(tmp_path_factory.mktemp("minis"))
 
 
-def load(minis: Path, dtype: torch.dtype = torch.float32) -> Any:
-    return sdxl.load(minis / mini_sdxl.NAME, minis / mini_sdxl.CONFIG_NAME, dtype=dtype, device="cpu")
-
-
 @pytest.fixture(scope="module")
 def pipeline(minis) -> Any:
-    return load(minis)
+    return load_pipeline(minis)
 
 
 @pytest.fixture(scope="module")
@@ -92,19 +87,19 @@ def test_every_tensor_arrives_at_its_own_place(minis, pipeline):
 
 def test_a_diffusers_folder_loads_as_well(pipeline, model, tmp_path):
     pipeline.save_pretrained(tmp_path / "folder")
-    again = sdxl.load(tmp_path / "folder", tmp_path / "unread", dtype=torch.float32, device="cpu")
-    ours, theirs = (m.generate(PROMPT, NEGATIVE, seed=1, **SMALL).astype(int) for m in (model, Sdxl(again)))
+    again = sdxl_load.load(tmp_path / "folder", tmp_path / "unread", dtype=torch.float32, device="cpu")
+    ours, theirs = (drawn(m).astype(int) for m in (model, Sdxl(again)))
     # Not always to the bit: matrix products depend on where in memory the weights of a mapped file lie.
     assert np.abs(ours - theirs).max() <= 1
 
 
 def test_half_precision_spares_the_vae(minis):
-    pipeline = load(minis, torch.float16)
+    pipeline = load_pipeline(minis, torch.float16)
     assert {p.dtype for p in pipeline.vae.parameters()} == {torch.float32}
     for part in (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2):
         assert {p.dtype for p in part.parameters()} == {torch.float16}
-    half = Sdxl(pipeline).generate(PROMPT, NEGATIVE, seed=1, **SMALL).astype(int)
-    full = Sdxl(load(minis)).generate(PROMPT, NEGATIVE, seed=1, **SMALL).astype(int)
+    half = drawn(Sdxl(pipeline)).astype(int)
+    full = drawn(Sdxl(load_pipeline(minis))).astype(int)
     assert np.abs(half - full).max() > 0
     assert np.abs(half - full).mean() < 2
 
@@ -117,7 +112,7 @@ def test_loading_reaches_for_no_network_and_prints_nothing(minis, monkeypatch, c
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    Sdxl(load(minis)).generate(PROMPT, NEGATIVE, seed=1, **SMALL)
+    drawn(Sdxl(load_pipeline(minis)))
     assert capfd.readouterr() == ("", "")
 
 
@@ -132,155 +127,11 @@ def test_incomplete_checkpoints_are_refused(minis, tmp_path):
         path = tmp_path / "part.safetensors"
         save_file({key: value for key, value in stored.items() if not key.startswith(prefix)}, path)
         with pytest.raises(SdxlError, match=message):
-            sdxl.load(path, config, dtype=torch.float32, device="cpu")
+            sdxl_load.load(path, config, dtype=torch.float32, device="cpu")
     with pytest.raises(SdxlError, match=r"gone\.safetensors"):
-        sdxl.load(tmp_path / "gone.safetensors", config, dtype=torch.float32, device="cpu")
+        sdxl_load.load(tmp_path / "gone.safetensors", config, dtype=torch.float32, device="cpu")
     with pytest.raises(SdxlError, match="no diffusers folder"):
-        sdxl.load(minis / mini_sdxl.NAME, tmp_path / "gone", dtype=torch.float32, device="cpu")
-
-
-# -- prompts -----------------------------------------------------------------------------------------------------------
-
-
-def words(count: int) -> str:
-    """A text of that many tokens in the miniature's vocabulary."""
-    known = ("woman", "man", "red", "dress", "smile", "street", "light")
-    return " ".join(known[i * i % len(known)] for i in range(count))
-
-
-def by_hand(pipeline: Any, text: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chunk by chunk, encoder by encoder, each chunk alone."""
-    states, pooled = [], None
-    with torch.no_grad():
-        all_ids = [t(text, add_special_tokens=False).input_ids for t in (pipeline.tokenizer, pipeline.tokenizer_2)]
-        for start in range(0, len(all_ids[0]), 75):
-            both = []
-            for ids, tokenizer, encoder in zip(
-                all_ids,
-                (pipeline.tokenizer, pipeline.tokenizer_2),
-                (pipeline.text_encoder, pipeline.text_encoder_2),
-                strict=True,
-            ):
-                row = [tokenizer.bos_token_id, *ids[start : start + 75], tokenizer.eos_token_id]
-                row += [tokenizer.pad_token_id] * (77 - len(row))
-                output = encoder(torch.tensor([row]), output_hidden_states=True)
-                both.append(output.hidden_states[-2])
-                if pooled is None and encoder is pipeline.text_encoder_2:
-                    pooled = output.text_embeds
-            states.append(torch.cat(both, dim=-1))
-    return torch.cat(states, dim=1), pooled
-
-
-@pytest.mark.parametrize(("tokens", "chunks"), [(1, 1), (75, 1), (76, 2), (150, 2), (300, 4)])
-def test_long_prompts_are_encoded_in_chunks(pipeline, model, tokens, chunks):
-    text = words(tokens)
-    assert len(pipeline.tokenizer(text, add_special_tokens=False).input_ids) == tokens
-    states, pooled = by_hand(pipeline, text)
-    made = model.encode(text)
-    assert made.states.shape == (1, 77 * chunks, 80)
-    torch.testing.assert_close(made.states, states, atol=1e-5, rtol=0)
-    torch.testing.assert_close(made.pooled, pooled, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("text", ["", PROMPT, words(75)])
-def test_short_prompts_are_those_of_the_stock_pipeline(pipeline, model, text):
-    states, _, pooled, _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False)
-    made = model.encode(text)
-    torch.testing.assert_close(made.states, states, atol=1e-6, rtol=0)
-    torch.testing.assert_close(made.pooled, pooled, atol=1e-6, rtol=0)
-
-
-def test_the_tokenizers_pad_as_sdxls_do(pipeline):
-    first, second = (sdxl._token_rows(t, "man") for t in (pipeline.tokenizer, pipeline.tokenizer_2))
-    end = pipeline.tokenizer.eos_token_id
-    assert first[0, 2:].tolist() == [end] * 75
-    assert second[0, 2:].tolist() == [end] + [0] * 74
-
-
-def test_the_shorter_text_is_filled_up_with_empty_chunks(pipeline, model):
-    long, short, empty = (by_hand(pipeline, text)[0] for text in (words(160), NEGATIVE, "man"))
-    empty = model.encode("").states
-    for texts, expected in (
-        ((NEGATIVE, words(160)), (torch.cat([short, empty, empty], 1), long)),
-        ((words(160), NEGATIVE), (long, torch.cat([short, empty, empty], 1))),
-    ):
-        made = model._conditions([model.encode(text) for text in texts], 32, 48)
-        torch.testing.assert_close(made["encoder_hidden_states"], torch.cat(expected), atol=1e-5, rtol=0)
-        assert made["added_cond_kwargs"]["time_ids"].tolist() == [[32, 48, 0, 0, 32, 48]] * 2
-
-
-def test_the_negative_prompt_is_encoded_once(pipeline):
-    model, calls = Sdxl(pipeline), []
-    hook = pipeline.text_encoder_2.register_forward_pre_hook(lambda *_: calls.append(1))
-    for prompt in ("a man", "a woman", "a person"):
-        model.generate(prompt, NEGATIVE, seed=1, **SMALL)
-    hook.remove()
-    assert len(calls) == 1 + 3
-
-
-# -- the sampler -------------------------------------------------------------------------------------------------------
-
-
-def karras(steps: int, low: float, high: float) -> list[float]:
-    """Karras et al., eq. 5, with ρ = 7, then zero."""
-    ramp = np.linspace(0, 1, steps)
-    return [*((high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7), 0.0]
-
-
-@pytest.mark.parametrize("steps", [4, 20])
-def test_the_schedule_is_karras_from_the_models_own_sigmas(pipeline, steps):
-    pipeline.scheduler.set_timesteps(steps)
-    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    alphas = np.cumprod(1 - betas)
-    sigmas = ((1 - alphas) / alphas) ** 0.5
-    assert pipeline.scheduler.sigmas.tolist() == pytest.approx(karras(steps, sigmas[0], sigmas[-1]), rel=1e-3)
-    nearest = [np.abs(np.log(sigmas) - math.log(s)).argmin() for s in karras(steps, sigmas[0], sigmas[-1])[:-1]]
-    assert np.abs(pipeline.scheduler.timesteps.numpy() - nearest).max() <= 1
-
-
-@pytest.mark.parametrize("steps", [4, 20])
-@torch.no_grad()
-def test_the_steps_are_dpm_plus_plus_2m(model, steps):
-    """The method written out in σ, x = noise · √(1 + σ²) at the start, first order in the last step."""
-    conditions = model._conditions([model.encode(NEGATIVE), model.encode(PROMPT)], 32, 48)
-    noise = torch.randn(1, 4, 4, 6, generator=torch.Generator().manual_seed(0))
-    made = model._denoise(noise, conditions, steps, 5.0)
-    sigmas, timesteps = model.pipeline.scheduler.sigmas.double().tolist(), model.pipeline.scheduler.timesteps
-    x, before = noise.double() * (1 + sigmas[0] ** 2) ** 0.5, None
-    for i in range(steps):
-        sigma, following = sigmas[i], sigmas[i + 1]
-        scaled = (x / (1 + sigma**2) ** 0.5).float().expand(2, -1, -1, -1)
-        uncond, cond = model.unet(scaled, timesteps[i], **conditions).sample.double().chunk(2)
-        denoised = x - sigma * (uncond + 5.0 * (cond - uncond))
-        if following == 0:
-            x = denoised
-        else:
-            h = math.log(sigma / following)
-            mixed = denoised
-            if before is not None:
-                r = math.log(sigmas[i - 1] / sigma) / h
-                mixed = (1 + 1 / (2 * r)) * denoised - 1 / (2 * r) * before
-            x = following / sigma * x - math.expm1(-h) * mixed
-        before = denoised
-    torch.testing.assert_close(made, x.float(), atol=1e-3, rtol=1e-3)
-
-
-def test_it_is_the_stock_pipeline_with_the_same_settings(pipeline, model):
-    pipeline.set_progress_bar_config(disable=True)
-    stock = pipeline(
-        PROMPT,
-        negative_prompt=NEGATIVE,
-        height=32,
-        width=48,
-        num_inference_steps=3,
-        guidance_scale=5.0,
-        generator=torch.Generator().manual_seed(7),
-        output_type="np",
-    ).images[0]
-    ours = model.generate(PROMPT, NEGATIVE, seed=7, **SMALL)
-    assert ours.dtype == np.uint8
-    assert ours.shape == (32, 48, 3)
-    assert np.abs(ours.astype(int) - (stock * 255).round().astype(int)).max() <= 1
+        sdxl_load.load(minis / mini_sdxl.NAME, tmp_path / "gone", dtype=torch.float32, device="cpu")
 
 
 # -- the picture -------------------------------------------------------------------------------------------------------
@@ -288,7 +139,7 @@ def test_it_is_the_stock_pipeline_with_the_same_settings(pipeline, model):
 
 def test_everything_that_should_matter_does(model):
     def make(prompt=PROMPT, negative=NEGATIVE, seed=1, **changes):
-        return model.generate(prompt, negative, seed=seed, **(SMALL | changes))
+        return drawn(model, prompt, negative, seed, **changes)
 
     base = make()
     assert np.array_equal(base, make())
@@ -309,8 +160,8 @@ def test_everything_that_should_matter_does(model):
 def test_guidance_of_one_asks_only_for_the_prompt(model):
     sizes = []
     hook = model.unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    one = model.generate(PROMPT, NEGATIVE, seed=1, **(SMALL | {"guidance": 1.0}))
-    other = model.generate(PROMPT, "grey", seed=1, **(SMALL | {"guidance": 1.0}))
+    one = drawn(model, guidance=1.0)
+    other = drawn(model, negative="grey", guidance=1.0)
     hook.remove()
     assert sizes == [1] * 6
     assert np.array_equal(one, other)
@@ -318,28 +169,170 @@ def test_guidance_of_one_asks_only_for_the_prompt(model):
 
 def test_global_random_state_is_neither_read_nor_changed(model):
     torch.manual_seed(1)
-    one = model.generate(PROMPT, NEGATIVE, seed=7, **SMALL)
+    one = drawn(model, seed=7)
     state = torch.get_rng_state()
-    assert np.array_equal(one, model.generate(PROMPT, NEGATIVE, seed=7, **SMALL))
+    assert np.array_equal(one, drawn(model, seed=7))
     assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("change", [{"height": 36}, {"width": 44}])
 def test_sizes_off_the_grid_are_refused(model, change):
     with pytest.raises(SdxlError, match="multiples of 8"):
-        model.generate(PROMPT, NEGATIVE, seed=1, **(SMALL | change))
+        drawn(model, **change)
 
 
 def test_a_single_step_and_an_odd_size_are_possible(model):
-    assert model.generate(PROMPT, NEGATIVE, seed=1, height=40, width=56, steps=1, guidance=5.0).shape == (40, 56, 3)
+    assert drawn(model, height=40, width=56, steps=1).shape == (40, 56, 3)
 
 
 def test_nan_is_an_error_not_a_black_picture(minis):
-    pipeline = load(minis)
+    pipeline = load_pipeline(minis)
     with torch.no_grad():
         pipeline.unet.conv_out.bias[0] = torch.nan
     with pytest.raises(SdxlError, match="NaN"):
-        Sdxl(pipeline).generate(PROMPT, NEGATIVE, seed=1, **SMALL)
+        drawn(Sdxl(pipeline))
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [3, 8])
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_mixed_identities_in_one_batch_are_each_drawn_as_if_fused_alone(minis, samples, guidance):
+    """From noise to pixels: each sample with its own prompt, seed and LoRA, against a UNet with that LoRA fused."""
+    hyper = HyperLora.load(minis / mini_hyperlora.NAME)
+    features = torch.randn(samples, 17, 32, generator=torch.Generator().manual_seed(0))
+    made = [hyper.lora(hyper.tokens(embedding(i)[None], features[i : i + 1])) for i in range(samples)]
+    prompts = [words(4 + 30 * i) for i in range(samples)]  # one to four chunks
+    settings = DrawSettings(**(SMALL | {"guidance": guidance}), negative_prompt=NEGATIVE)
+    model = Sdxl(load_pipeline(minis))
+    model.adapt(PerSampleLora(model.unet, hyper.paths), 0.425)
+    together = model.draw([Request(p, i, made[i]) for i, p in enumerate(prompts)], settings)
+    plain = Sdxl(load_pipeline(minis))
+    for i, prompt in enumerate(prompts):
+        model = Sdxl(load_pipeline(minis))
+        with torch.no_grad():
+            for name, path in hyper.paths.items():
+                model.unet.get_submodule(path).weight += 0.425 * made[i][name].up @ made[i][name].down
+        alone = drawn(model, prompt, seed=i, guidance=guidance).astype(int)
+        assert np.abs(together[i] - alone).max() <= 1
+        assert np.abs(together[i] - alone).mean() < 0.02
+        assert np.abs(drawn(plain, prompt, seed=i, guidance=guidance) - alone).mean() > 0.3
+
+
+def test_guidance_is_one_call_per_step_whatever_the_batch(model):
+    sizes = []
+    hook = model.unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    model.draw([Request("a man", i) for i in range(5)], DrawSettings(**SMALL, negative_prompt=NEGATIVE))
+    hook.remove()
+    assert sizes == [10] * 3
+
+
+def test_nan_fails_the_picture_that_has_it(model, monkeypatch):
+    predict = model._predict
+
+    def spoiled(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        data = predict(x, *rest)
+        data[1] = torch.nan
+        return data
+
+    monkeypatch.setattr(model, "_predict", spoiled)
+    good, bad, other = model.draw([Request("a man", i) for i in range(3)], DrawSettings(**(SMALL | {"guidance": 1.0})))
+    assert isinstance(bad, SdxlError)
+    monkeypatch.undo()
+    for seed, made in ((0, good), (2, other)):
+        assert np.abs(made.astype(int) - drawn(model, "a man", seed=seed, guidance=1.0)).max() <= 1
+
+
+def test_an_adapter_is_not_forgotten(minis):
+    hyper, model = HyperLora.load(minis / mini_hyperlora.NAME), Sdxl(load_pipeline(minis))
+    model.adapt(PerSampleLora(model.unet, hyper.paths), 0.425)
+    with pytest.raises(SdxlError, match="without an adapter"):
+        drawn(model)
+
+
+# -- from a picture ----------------------------------------------------------------------------------------------------
+
+
+def start(number: int = 0) -> np.ndarray:
+    return np.kron(
+        np.random.default_rng(number).integers(0, 256, (4, 6, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8)
+    )
+
+
+@torch.no_grad()
+def test_outside_the_mask_the_latents_are_the_pictures(model, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(model, "_decode", lambda latents: decoded.append(latents) or [])
+    mask = np.zeros((32, 48), bool)
+    mask[8:24, 16:40] = True
+    settings = DrawSettings(**SMALL, negative_prompt=NEGATIVE, denoise=0.5)
+    model.draw([Request("a man", 1, picture=start(), mask=mask)], settings)
+    pixels = torch.from_numpy(start()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    latents = model.pipeline.vae.encode(pixels).latent_dist.mode() * model.pipeline.vae.config.scaling_factor
+    inside = torch.zeros(4, 6, dtype=torch.bool)
+    inside[1:3, 2:5] = True
+    assert torch.equal(decoded[0][..., ~inside], latents[..., ~inside])
+    assert (decoded[0] - latents)[..., inside].abs().mean() > 0.01
+
+
+def test_less_noise_stays_nearer_to_the_picture(model):
+    def distance(denoise: float) -> float:
+        settings = DrawSettings(**(SMALL | {"steps": 2}), negative_prompt=NEGATIVE, denoise=denoise)
+        little, none = (
+            model.draw([Request("a man", 1, picture=start(), mask=mask)], settings)[0].astype(int)
+            for mask in (None, np.zeros((32, 48), bool))  # an empty mask: what the VAE makes of the picture
+        )
+        return float(np.abs(little - none).mean())
+
+    assert 0 < distance(0.1) < distance(0.9)
+
+
+def test_what_a_request_lacks_is_said(model):
+    with pytest.raises(SdxlError, match="picture to begin with"):
+        drawn(model, denoise=0.5)
+
+
+# -- memory and speed --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "memory", [Memory(vae_slicing=True), Memory(vae_tiling=True), Memory(channels_last=True), Memory(compile=True)]
+)
+def test_memory_options_change_no_picture(minis, memory):
+    """Compiled by a backend that runs what was traced, so that the tracing is what is tested."""
+    hyper = HyperLora.load(minis / mini_hyperlora.NAME)
+    features = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(0))
+    made = [hyper.lora(hyper.tokens(embedding(i)[None], features[i : i + 1])) for i in range(2)]
+    results = []
+    for options in (Memory(), dataclasses.replace(memory, compile_backend="eager")):
+        pipeline = load_pipeline(minis)
+        model = Sdxl(pipeline)
+        model.adapt(PerSampleLora(model.unet, hyper.paths), 0.425)
+        sdxl_load.tune(pipeline, options, "cpu")
+        requests = [Request(words(5), 0, made[0]), Request(words(90), 1, made[1])]
+        settings = DrawSettings(**SMALL, negative_prompt=NEGATIVE)
+        results.append([*model.draw(requests, settings), *model.draw(requests[:1], settings)])
+    for plain, tuned in zip(*results, strict=True):
+        assert np.abs(plain.astype(int) - tuned).max() <= 1
+
+
+def test_offloading_wants_a_gpu(pipeline):
+    with pytest.raises(SdxlError, match="offload"):
+        sdxl_load.tune(pipeline, Memory(offload=True), "cpu")
+
+
+def test_another_vae_can_take_the_place_of_the_checkpoints(minis, pipeline, model, tmp_path):
+    from diffusers import AutoencoderKL
+
+    other = AutoencoderKL.from_config(pipeline.vae.config)
+    other.save_pretrained(tmp_path / "vae")
+    place = minis / mini_sdxl.NAME, minis / mini_sdxl.CONFIG_NAME
+    changed = sdxl_load.load(*place, dtype=torch.float32, device="cpu", vae=tmp_path / "vae", vae_dtype=torch.bfloat16)
+    assert {p.dtype for p in changed.vae.parameters()} == {torch.bfloat16}
+    assert np.abs(drawn(Sdxl(changed)).astype(int) - drawn(model)).mean() > 1
+    with pytest.raises(SdxlError, match="gone"):
+        sdxl_load.load(*place, dtype=torch.float32, device="cpu", vae=tmp_path / "gone")
 
 
 # -- the miniature -----------------------------------------------------------------------------------------------------
@@ -366,12 +359,3 @@ def test_any_text_can_be_tokenized(pipeline):
         ",</w>",
     ]
     assert tokenizer.unk_token_id not in tokenizer("Ж 漢字 🙂 é", add_special_tokens=False).input_ids
-
-
-def test_the_scheduler_keeps_the_checkpoints_own_prediction(minis, tmp_path):
-    folder = tmp_path / "config"
-    shutil.copytree(minis / mini_sdxl.CONFIG_NAME, folder)
-    path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
-    pipeline = sdxl.load(minis / mini_sdxl.NAME, folder, dtype=torch.float32, device="cpu")
-    assert pipeline.scheduler.config.prediction_type == "v_prediction"

@@ -174,9 +174,19 @@ def shrunk(array: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(Image.fromarray(array).resize(size, Image.Resampling.LANCZOS))
 
 
-def encode(array: np.ndarray, kind: str = "png", quality: int = 95) -> dict[str, Any]:
-    """A table's picture from uint8 (height, width) grey or (height, width, 3) RGB; `kind` is png or jpeg."""
+def resized(array: np.ndarray, width: int, height: int) -> np.ndarray:
+    """A uint8 picture at another size, its shape not kept."""
+    return np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.LANCZOS))
+
+
+def encode(
+    array: np.ndarray, kind: str = "png", quality: int = 95, metadata: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """A table's picture from uint8 (height, width) grey or (height, width, 3) RGB; `kind` is png or jpeg.
+
+    `metadata` are Pillow's arguments for what the file says of itself, such as `ipvg_ray.media.provenance` makes.
+    """
     buffer = io.BytesIO()
     options: dict[str, Any] = {"quality": quality, "subsampling": 0} if kind == "jpeg" else {"compress_level": 3}
-    Image.fromarray(array).save(buffer, format=kind.upper(), **options)
+    Image.fromarray(array).save(buffer, format=kind.upper(), **options, **(metadata or {}))
     return {"bytes": buffer.getvalue(), "path": None}

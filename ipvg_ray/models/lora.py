@@ -112,7 +112,8 @@ class LoraLinear(nn.Linear):
                 f"pairs {tuple(down.shape)} and {tuple(up.shape)} do not fit a linear layer "
                 f"{self.in_features} → {self.out_features}"
             )
-        self.pairs = LoraPair(down.to(self.weight), up.to(self.weight))
+        # Not the weight's device: with offloading that is elsewhere between two calls.
+        self.pairs = LoraPair(down.to(self.weight.dtype), up.to(self.weight.dtype))
 
     def clear(self) -> None:
         """Carry none: the plain layer again."""
@@ -123,11 +124,31 @@ class LoraLinear(nn.Linear):
         result = super().forward(x)
         if self.pairs is None:
             return result
-        samples = len(self.pairs.down)
-        if len(x) % samples:
-            raise LoraError(f"a batch of {len(x)} cannot be shared out among the pairs of {samples} samples")
-        by_sample = x.unflatten(0, (-1, samples))
-        return result + (by_sample @ self.pairs.down.mT @ self.pairs.up.mT).flatten(0, 1)
+        down, up = self.pairs
+        if len(x) % len(down):
+            raise LoraError(f"a batch of {len(x)} cannot be shared out among the pairs of {len(down)} samples")
+        if len(x) != len(down):
+            down, up = (each.repeat(len(x) // len(down), 1, 1) for each in (down, up))
+        # One kernel multiplies and adds: the sum must not cost another pass over the layer's output.
+        return torch.baddbmm(result, torch.bmm(x, down.mT), up.mT)
+
+
+def merged(loras: Sequence[tuple[Adapter, float]]) -> dict[str, LoraPair]:
+    """One adapter that does what several do at once: their ranks side by side, each `up` times its weight.
+
+    Raises:
+        LoraError: where they do not adapt the same layers.
+    """
+    names = loras[0][0].keys()
+    if any(adapter.keys() != names for adapter, _ in loras):
+        raise LoraError("LoRAs can be merged only where they adapt the same layers")
+    return {
+        name: LoraPair(
+            torch.cat([adapter[name].down for adapter, _ in loras]),
+            torch.cat([adapter[name].up * weight for adapter, weight in loras], dim=1),
+        )
+        for name in names
+    }
 
 
 class PerSampleLora:
@@ -151,8 +172,13 @@ class PerSampleLora:
             parent, _, attribute = path.rpartition(".")
             setattr(network.get_submodule(parent), attribute, self._layers[name])
 
-    def set(self, batch: Sequence[Adapter], scale: float) -> None:
+    def set(self, batch: Sequence[Adapter], scale: float, copies: int = 1) -> None:
         """Give sample b of the next calls the pairs of `batch[b]`, times `scale`.
+
+        Args:
+            batch: one adapter per sample, all of one rank.
+            scale: what they are applied with.
+            copies: how often the next calls stack the batch (2 for guidance); another number costs a copy per layer.
 
         Raises:
             LoraError: where an adapter lacks a layer's pair or has a wrong shape; then no layer carries any.
@@ -160,7 +186,7 @@ class PerSampleLora:
         self.clear()
         try:
             for name, layer in self._layers.items():
-                pairs = [adapter[name] for adapter in batch]
+                pairs = [adapter[name] for adapter in batch] * copies
                 layer.set(torch.stack([p.down for p in pairs]), torch.stack([p.up for p in pairs]) * scale)
         except KeyError as error:
             self.clear()
@@ -175,9 +201,9 @@ class PerSampleLora:
             layer.clear()
 
     @contextmanager
-    def applied(self, batch: Sequence[Adapter], scale: float) -> Iterator[None]:
+    def applied(self, batch: Sequence[Adapter], scale: float, copies: int = 1) -> Iterator[None]:
         """`set`, and `clear` at the end whatever happens."""
-        self.set(batch, scale)
+        self.set(batch, scale, copies)
         try:
             yield
         finally:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ipvg_ray.models.hyperlora import HyperLoraModules, IdProjector, Resampler, ResamplerShape
+from ipvg_ray.models.hyperlora_net import HyperLoraModules, IdProjector, Resampler, ResamplerShape
 from ipvg_ray.models.mini import clip_vision, sdxl
 
 NAME = "mini-hyperlora"

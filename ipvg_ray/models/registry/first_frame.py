@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ipvg_ray.models.registry.rows import CLIP, HYPERLORA, OPENRAIL, HubSource, Model
+from ipvg_ray.models.registry.rows import APACHE, CLIP, HYPERLORA, OPENRAIL, HubSource, Licence, Model
 
 _SDXL_CONFIGS = (
     "model_index.json",
@@ -17,6 +17,12 @@ _HYPERLORA_FILES = (
     "hyper_lora_modules.safetensors",
     "id_projector.safetensors",
     "resampler.safetensors",
+)
+_MIT = Licence(
+    "MIT",
+    "everyone, commercially too",
+    True,
+    "https://huggingface.co/madebyollin/sdxl-vae-fp16-fix/blob/main/README.md",
 )
 
 MODELS: tuple[Model, ...] = (
@@ -73,5 +79,42 @@ MODELS: tuple[Model, ...] = (
         needs=("config.json", "preprocessor_config.json", "model.safetensors"),
         verified="repository and file names as several projects download them; size as a copy's page lists it",
         unverified="a licence on the weights' own page: the card names none, the code's repository says MIT",
+    ),
+    Model(
+        name="sdxl_hyper_id_lora_v1_edit",
+        used_by=(),
+        purpose="HyperLoRA's other variant: follows the prompt more and the face less; set first_frame.hyperlora to it",
+        source=HubSource(
+            "bytedance-research/HyperLoRA", ("sdxl_hyper_id_lora_v1_edit/*",), subpath="sdxl_hyper_id_lora_v1_edit"
+        ),
+        approx_bytes=3_140_000_000,
+        licence=HYPERLORA,
+        needs=_HYPERLORA_FILES,
+        verified="total size of both variants (6.28 GB) and licence tag as a mirror's page lists them",
+        unverified="the original repository's own page",
+    ),
+    Model(
+        name="sdxl-vae-fp16-fix",
+        used_by=(),
+        purpose="SDXL's VAE for float16: first_frame.vae, with first_frame.vae_dtype=float16, halves the VAE's memory",
+        source=HubSource("madebyollin/sdxl-vae-fp16-fix", ("config.json", "diffusion_pytorch_model.safetensors")),
+        approx_bytes=335_000_000,
+        licence=_MIT,
+        needs=("config.json", "diffusion_pytorch_model.safetensors"),
+        verified="repository and licence tag as its card lists them",
+        unverified="its file names and size",
+    ),
+    Model(
+        name="nsfw_image_detection",
+        used_by=(),
+        purpose="picture classifier with the labels normal and nsfw, for first_frame.safety_model",
+        source=HubSource(
+            "Falconsai/nsfw_image_detection", ("config.json", "preprocessor_config.json", "model.safetensors")
+        ),
+        approx_bytes=343_000_000,
+        licence=APACHE,
+        needs=("config.json", "preprocessor_config.json", "model.safetensors"),
+        verified="repository, labels and licence as several pages list them",
+        unverified="its own page, file names and size",
     ),
 )

@@ -1,0 +1,77 @@
+"""A HyperLoRA with a Base LoRA, in the stage: the base picture, its weight, and what a wrong weight says."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from first_frame_stage import picture, row, started
+from sdxl_minis import add_base, face, make_minis
+
+from ipvg_ray.media import images
+from ipvg_ray.models.base_picture import base_picture
+from ipvg_ray.models.matting import landmark_box, landmark_mask
+from ipvg_ray.models.mini import hyperlora as mini_hyperlora
+from ipvg_ray.models.mini.face_template import landmarks_106
+from ipvg_ray.pipeline.stage import RowError
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    root = make_minis(tmp_path_factory.mktemp("minis"))
+    shutil.copytree(root / mini_hyperlora.NAME, root / "with-base")
+    add_base(root / "with-base")
+    return root
+
+
+def landmarks(side: int = 300) -> np.ndarray:
+    """A frontal face in the middle of a picture."""
+    return side * (0.35 + 0.3 * landmarks_106().astype(np.float64))
+
+
+def with_picture(number: int, **changes: object) -> dict[str, Any]:
+    whole = images.encode(face(number, side=300))
+    digest = hashlib.sha256(whole["bytes"]).hexdigest()
+    columns = {"image": whole, "image_sha256": digest, "landmarks_106": landmarks().ravel().tolist()}
+    return row(1, **(columns | changes))
+
+
+def test_the_face_is_blurred_out_and_the_rest_is_not():
+    rgb = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    made = base_picture(rgb, landmarks())
+    x, y, half = landmark_box(landmarks())
+    assert made.shape == (round(4 * half), round(4 * half), 3)
+    left, top = round(x - 2 * half), round(y - 2 * half)
+    inside = landmark_mask(rgb.shape, landmarks(), 1.4)
+    height, width = (min(size, 300 - start) for size, start in zip(made.shape[:2], (top, left), strict=True))
+    assert left >= 0 <= top
+    share, seen, kept = inside[top : top + height, left : left + width], made[:height, :width], rgb[top:, left:]
+    kept = kept[:height, :width]
+    assert (share > 0.99).any()
+    assert seen[share > 0.99].std() < 10 < kept[share > 0.99].std()
+    assert np.array_equal(seen[share == 0], kept[share == 0])
+
+
+def test_the_base_lora_takes_the_rest_of_the_picture_in(models, monkeypatch):
+    def drawn(weight: float, number: int) -> np.ndarray:
+        stage = started(models, monkeypatch, hyperlora="with-base", base_weight=weight)
+        return picture(stage.process([with_picture(number)])[0]).astype(int)
+
+    without, with_one, with_other = drawn(0, 1), drawn(0.85, 1), drawn(0.85, 2)
+    assert np.abs(without - with_one).mean() > 1
+    assert np.abs(with_other - with_one).mean() > 0.1
+    assert np.array_equal(without, drawn(0, 2))
+
+
+def test_its_needs_and_failures(models, monkeypatch):
+    stage = started(models, monkeypatch, hyperlora="with-base", base_weight=0.5)
+    assert {"image", "image_sha256", "landmarks_106"} <= set(stage.needs)
+    changed, flat = with_picture(1, image_sha256="0" * 64), with_picture(1, landmarks_106=[5.0] * 212)
+    results = stage.process([changed, flat])
+    assert [r.kind for r in results if isinstance(r, RowError)] == ["image_changed", "bad_landmarks"]
+    with pytest.raises(ValueError, match="base_weight is above 0"):
+        started(models, monkeypatch, base_weight=0.5)
