@@ -106,8 +106,8 @@ class Tpige:
     """Identity-aware guidance on top of `base`.
 
     Mode `release` is what the authors' code does: v + s·(v − v_p), where v is the base's result and v_p sees the prompt
-    but no reference. Mode `paper` is what the paper's figure prints: v + s·(v_c − v_b), where v_b sees the reference and
-    the negative prompt. Both weak branches skip `skip`.
+    but no reference. Mode `paper` is what the figure of the paper prints: v + s·(v_c − v_b), where v_b sees the
+    reference and the negative prompt. Both weak branches skip `skip`.
 
     Attributes:
         base: classifier-free guidance.
