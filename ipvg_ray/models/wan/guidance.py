@@ -64,6 +64,11 @@ class Window:
 class Guidance(Protocol):
     """What the loop asks of a guidance. It keeps no state between steps."""
 
+    @property
+    def drops_identity(self) -> bool:
+        """Whether any step has a branch without the identity."""
+        ...
+
     def branches(self, step: Step) -> tuple[BranchSpec, ...]:
         """The evaluations that this step needs."""
         ...
@@ -87,6 +92,10 @@ class Cfg:
     scale_low: float | None = None
     window: Window = field(default_factory=Window)
 
+    @property
+    def drops_identity(self) -> bool:
+        return False
+
     def _scale(self, step: Step) -> float:
         return self.scale_low if step.expert and self.scale_low is not None else self.scale
 
@@ -106,7 +115,7 @@ class Tpige:
     """Identity-aware guidance on top of `base`.
 
     Mode `release` is what the authors' code does: v + s·(v − v_p), where v is the base's result and v_p sees the prompt
-    but no reference. Mode `paper` is what the figure of the paper prints: v + s·(v_c − v_b), where v_b sees the
+    but no reference. Mode `paper` is what the figure of the paper prints: v + s·(v_c − v_b), v_b with the
     reference and the negative prompt. Both weak branches skip `skip`.
 
     Attributes:
@@ -122,6 +131,10 @@ class Tpige:
     mode: Literal["release", "paper"] = "release"
     skip: tuple[int, ...] = (2,)
     window: Window = field(default_factory=Window)
+
+    @property
+    def drops_identity(self) -> bool:
+        return bool(self.scale) and not self._weak.identity
 
     @property
     def _weak(self) -> BranchSpec:
