@@ -41,7 +41,7 @@ def first_then_grey() -> torch.Tensor:
 
 
 def test_control_of_a_first_frame(root: Path) -> None:
-    """Inactive: first frame, then grey. Reactive: grey. Mask: 1 in every latent frame, also the kept one: trained so."""
+    """Inactive: first frame, then grey. Reactive: grey. Mask: 1 in every latent frame, the kept one too: trained so."""
     ours = model(root, "vace-i2v")
     condition: Any = ours.conditions.make([Pictures(picture())], SIZE, without=True)
     vae = ours.autoencoder.vae

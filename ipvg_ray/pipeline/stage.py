@@ -85,6 +85,23 @@ class MediaWriter(Protocol):
         ...
 
 
+class Scratch(Protocol):
+    """A small store beside the run for work in progress. What is in it outlives workers and starts of the run, and is
+    seen only by stages with the same fingerprint."""
+
+    def read(self, name: str) -> bytes | None:
+        """What was written under that name last, or None."""
+        ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """Keep `data` whole or not at all, in place of what was there."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """Forget it, if it is there."""
+        ...
+
+
 @dataclass(frozen=True)
 class StageContext:
     """What the engine gives a worker when it starts.
@@ -94,12 +111,14 @@ class StageContext:
         threads: how many threads the worker may use.
         media: where finished media files go.
         run_dir: the run's directory or URI prefix; media URIs in rows are relative to it.
+        scratch: for work in progress that another worker may go on with; None where a row is run apart from its run.
     """
 
     device: str
     threads: int
     media: MediaWriter
     run_dir: str
+    scratch: Scratch | None = None
 
 
 class Stage(ABC):

@@ -16,8 +16,8 @@ class Autoencoder:
 
     Args:
         vae: the model; float32, as the stock pipelines want it.
-        decode: what turns raw latents, (1, channels, T, h, w), into a video, (1, 3, F, H, W) in [-1, 1]; the model's own
-            `decode` unless given. Groups of GPUs put their shared one here.
+        decode: raw latents, (1, channels, T, h, w), to a video, (1, 3, F, H, W) in [-1, 1]; the model's own `decode`
+            unless given. Groups of GPUs put their shared one here.
 
     Attributes:
         temporal, spatial: how many frames and pixels a latent stands for.

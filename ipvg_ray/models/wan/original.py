@@ -1,4 +1,5 @@
 """Wan's original checkpoint folders, as the authors publish them, read into diffusers' and transformers' classes."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -13,6 +14,13 @@ def is_original(folder: Path) -> bool:
     return False
 
 
-def load_transformers(folder: Path, task: Task, dtype: torch.dtype) -> list[Any]: raise NotImplementedError
-def load_vae(folder: Path) -> Any: raise NotImplementedError
-def load_text(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]: raise NotImplementedError
+def load_transformers(folder: Path, task: Task, dtype: torch.dtype) -> list[Any]:
+    raise NotImplementedError
+
+
+def load_vae(folder: Path) -> Any:
+    raise NotImplementedError
+
+
+def load_text(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    raise NotImplementedError
