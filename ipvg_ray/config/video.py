@@ -131,6 +131,6 @@ class VideoConfig(StageSection):
             raise ValueError(f"guide tpige weakens VACE's hints; task {self.task} has none: use guide cfg")
         if self.task == "i2v-A14B" and self.boundary is None:
             raise ValueError("task i2v-A14B has two experts and needs boundary, such as 0.9")
-        if self.cache.kind != "none" and self.branches == "together" and self.guide == "tpige":
-            raise ValueError("caches keep their state per branch: use branches in_turn with guide tpige")
+        if self.cache.kind != "none" and self.compile:
+            raise ValueError("compile and cache exclude each other: a block that is compiled whole asks no cache")
         return self
