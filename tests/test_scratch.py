@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from engine_driver import FakeConfig, FakeSection, First, Second, Third
+from engine_driver import freeze_fake, request
 from engine_inprocess import make_worker
 
 from ipvg_ray.pipeline import run as engine
@@ -51,23 +51,14 @@ def test_names_stay_inside(tmp_path: Path) -> None:
 
 
 def test_a_worker_gives_its_stage_the_scratch_of_its_fingerprint(tmp_path: Path) -> None:
-    from engine_driver import freeze_fake
-
     def owners(add: int) -> dict[str, str]:
-        settings = FakeConfig(second=FakeSection(add=add))
-        stages = [First(settings), Second(settings), Third(settings)]  # type: ignore[arg-type]
-        asked = engine.Request(tmp_path / f"run{add}", settings.model_dump(), 1, stages)
+        asked = request(tmp_path / f"run{add}", add=add)
         with engine.opened(asked, freeze_fake(2, 1)) as this:
-            found = {}
-            for stage in stages:
-                scratch = make_worker(this, asked, stage.name).stage.context.scratch  # type: ignore[attr-defined]
-                assert scratch.read("nothing") is None
-                found[stage.name] = scratch.owner
-            return found
+            made = {stage.name: make_worker(this, asked, stage.name).stage for stage in asked.stages}
+            return {name: stage.context.scratch.owner for name, stage in made.items()}  # type: ignore[attr-defined]
 
     one, other = owners(1), owners(2)
     assert one["first"] == other["first"]
-    assert one["second"] != other["second"]
-    assert {name: owner.partition("-")[0] for name, owner in one.items()} == {
-        n: n for n in ("first", "second", "third")
-    }
+    assert one["third"] != other["third"], "it is configured otherwise"
+    assert len(set(one.values())) == 3
+    assert one["third"].startswith("third-")
