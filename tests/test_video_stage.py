@@ -161,7 +161,7 @@ def test_rows_together_are_the_rows_alone_but_for_rounding(models: Path, tmp_pat
         results = started(models, tmp_path, together=together, branches="together").process(rows)
         frames.append([videos.read_frames(tmp_path / r["video_uri"]) for r in results if isinstance(r, dict)])
     for alone, beside in zip(*frames, strict=True):
-        assert np.abs(alone.astype(int) - beside).max() <= 3
+        assert np.abs(alone.astype(int) - beside).mean() < 0.2
     assert not np.array_equal(frames[0][0], frames[0][1])
 
 
@@ -181,8 +181,7 @@ def test_first_frame_seed_and_prompt_change_the_picture(
 def test_every_task_makes_a_video_of_its_pictures(task: str, models: Path, tmp_path: Path, row: Any) -> None:
     stage, made = started(models, tmp_path, task=task), []
     for flip in (False, True):
-        given = row(flip=flip)
-        (result,) = stage.process([{key: given[key] for key in (*stage.needs, *given) if key in given}])
+        (result,) = stage.process([row(flip=flip)])
         assert isinstance(result, dict), result
         made.append(videos.read_frames(tmp_path / result["video_uri"]))
     assert made[0].shape == (5, 32, 64, 3)
@@ -250,7 +249,7 @@ def test_frames_are_encoded_while_the_next_row_is_made(
 
     def waiting(*arguments: Any, **options: Any) -> bytes:
         assert all(begun.acquire(timeout=60) for _ in range(2)), "the second row was not begun meanwhile"
-        begun.release()
+        begun.release(2)  # for the second row's own encoding
         return encode(*arguments, **options)
 
     monkeypatch.setattr(videos, "encode_mp4", waiting)
