@@ -12,6 +12,7 @@ from PIL import Image
 from wan_minis import FOLDERS, SIZE, encoder, model, picture, sample, stock
 
 from ipvg_ray.models.mini import wan_vace
+from ipvg_ray.models.wan.errors import WanError
 from ipvg_ray.models.wan.guidance import Cfg, Step, Tpige, Window
 from ipvg_ray.models.wan.loop import Denoiser, LoopState, evaluate_in_turn, evaluate_together, skipping
 from ipvg_ray.models.wan.tasks import TASKS
@@ -195,6 +196,8 @@ def test_skipped_blocks_come_back_even_after_an_error(root: Path) -> None:
     with pytest.raises(RuntimeError, match="boom"):
         fail()
     assert changed == [False, True, True, False]
+    with pytest.raises(WanError, match="no block 4"), skipping(transformer, (4,)):
+        pass
     assert all(a is b for a, b in zip(before, transformer.blocks, strict=True))
 
 

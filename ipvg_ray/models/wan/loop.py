@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ipvg_ray.models.wan.conditions import Condition
+from ipvg_ray.models.wan.errors import WanError
 from ipvg_ray.models.wan.guidance import BranchSpec, Guidance, Step
 
 
@@ -226,7 +227,13 @@ class _PassThrough(nn.Module):
 
 @contextmanager
 def skipping(transformer: Any, indices: Sequence[int]) -> Iterator[None]:
-    """Leave main blocks out while the context lasts. The modules change places, so compiled blocks stay compiled."""
+    """Leave main blocks out while the context lasts. The modules change places, so compiled blocks stay compiled.
+
+    Raises:
+        WanError: for an index that the transformer has no block of.
+    """
+    if missing := [index for index in indices if not 0 <= index < len(transformer.blocks)]:
+        raise WanError(f"there is no block {missing[0]} to skip; the model has {len(transformer.blocks)}, from 0")
     taken = {index: transformer.blocks[index] for index in indices}
     for index in taken:
         transformer.blocks[index] = _PassThrough()
