@@ -161,8 +161,8 @@ def test_rows_together_are_the_rows_alone_but_for_rounding(models: Path, tmp_pat
         results = started(models, tmp_path, together=together, branches="together").process(rows)
         frames.append([videos.read_frames(tmp_path / r["video_uri"]) for r in results if isinstance(r, dict)])
     for alone, beside in zip(*frames, strict=True):
-        assert np.abs(alone.astype(int) - beside).mean() < 0.2
-    assert not np.array_equal(frames[0][0], frames[0][1])
+        assert np.abs(alone.astype(int) - beside).mean() < 1, "what the encoder makes of rounding"
+    assert np.abs(frames[0][0].astype(int) - frames[0][1]).mean() > 5, "another first frame"
 
 
 @pytest.mark.parametrize("change", [{"flip": True}, {"seed": 99}, {"video_prompt": "A man walks in the park."}])

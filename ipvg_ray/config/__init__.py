@@ -70,7 +70,7 @@ class Config(Section):
     prompts: PromptsConfig = PromptsConfig()
     first_frame: FirstFrameConfig = FirstFrameConfig()
     text_states: TextStatesConfig = TextStatesConfig()
-    video: VideoConfig = Field(default_factory=VideoConfig)
+    video: VideoConfig = Field(default_factory=lambda: VideoConfig.model_validate({}))
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
     stop_grace_s: float = Field(30.0, ge=0)

@@ -191,7 +191,7 @@ def _write(path: Path, frames: np.ndarray, fps: int, codec: _Codec, metadata: di
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.time_base = Fraction(1, fps)
-        stream.options = codec[1]
+        stream.options = dict(codec[1])
         context = stream.codec_context
         # Untagged files are shown in other colours by other players, which guess from the picture's height.
         context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709

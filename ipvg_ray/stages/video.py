@@ -44,7 +44,7 @@ class VideoStage(Stage):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         section = config.video
-        pictures = ("first_frame",) if section.task != "vace-r2v" else ()
+        pictures: tuple[str, ...] = ("first_frame",) if section.task != "vace-r2v" else ()
         if section.task in ("vace-r2v", "vace-i2v+ref"):
             pictures += ("image", "image_sha256") if section.reference == "image" else ("id_picture",)
         text = ("video_prompt",) if section.text_in_worker else ("text_states", "negative_uri")
@@ -106,8 +106,10 @@ class VideoStage(Stage):
                 batch = ready[start : start + self.config.video.together]
                 made = self._made([rows[place] for place, _ in batch], [sample for _, sample in batch], keepers)
                 for (place, _), frames in zip(batch, made, strict=True):
-                    is_error = isinstance(frames, RowError)
-                    results[place] = frames if is_error else encoding.submit(self._publish, rows[place], frames)
+                    if isinstance(frames, RowError):
+                        results[place] = frames
+                    else:
+                        results[place] = encoding.submit(self._publish, rows[place], frames)
         finished = [result.result() if isinstance(result, Future) else result for result in results]
         for keeper in keepers:
             keeper.forget()

@@ -75,7 +75,7 @@ def _transformer(folder: Path, task: Task, dtype: torch.dtype) -> Any:
     from accelerate import init_empty_weights
 
     vace = task.form == "vace"
-    cls = diffusers.WanVACETransformer3DModel if vace else diffusers.WanTransformer3DModel
+    cls: Any = diffusers.WanVACETransformer3DModel if vace else diffusers.WanTransformer3DModel
     state: dict[str, Tensor] = {}
     for key, value in _renamed_shards(folder):
         exact = any(part in key.split(".") for part in cls._keep_in_fp32_modules or ())
@@ -156,7 +156,7 @@ def load_vae(folder: Path) -> Any:
         }
     try:
         with init_empty_weights():
-            model = AutoencoderKLWan(**settings)
+            model: Any = AutoencoderKLWan(**settings)
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise WanError(f"{file} is no Wan VAE as its authors publish them: {error}") from error

@@ -61,7 +61,8 @@ def speed_up(
         if attention == "auto":
             on_card = transformer.device.type == "cuda"
             backend = best_attention(torch.cuda.get_device_capability(transformer.device) if on_card else None)
-        transformer.set_attention_backend(backend)
+        if (attention, backend) != ("auto", "native"):  # what it has already
+            transformer.set_attention_backend(backend)
         if compiled:
             transformer.compile_repeated_blocks(fullgraph=True)
     logger.info("attention %s, compiled %s, storage %s", attention, compiled, storage)

@@ -110,14 +110,16 @@ def name_of(samples: Sequence[Sample], negative: torch.Tensor | None) -> str:
     """
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
-        arrays = (sample.text, *(torch.from_numpy(p) for p in vars(sample.pictures).values() if p is not None))
-        for array in (*arrays, torch.tensor(sample.seed)):
-            _add(digest, array)
+        digest.update(f"seed {sample.seed}".encode())
+        for kind, picture in vars(sample.pictures).items():
+            if picture is not None:
+                digest.update(f"{kind} {picture.shape}".encode() + picture.tobytes())
+        _add(digest, sample.text)
     if negative is not None:
         _add(digest, negative)
     return digest.hexdigest()
 
 
-def _add(digest: Any, array: torch.Tensor) -> None:
-    digest.update(f"{array.dtype}{tuple(array.shape)}".encode())
-    digest.update(array.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+def _add(digest: Any, states: torch.Tensor) -> None:
+    digest.update(f"{states.dtype} {tuple(states.shape)}".encode())
+    digest.update(states.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
