@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,13 @@ def load(folder: Path, task: Task, *, dtype: torch.dtype, device: str, shift: fl
             scheduler = _scheduler(None, shift)
         else:
             _require_pipeline(folder, task)
+            _look_ahead(folder, task)
             transformers = [
                 _component(folder / name, dtype) for name in ("transformer", "transformer_2")[: task.experts]
             ]
             vae = _component(folder / "vae", torch.float32)
             scheduler = _scheduler(folder / "scheduler", shift)
-    _check(folder, transformers, task)
+    _require_kind(folder, transformers[0].config, task)
     for part in (*transformers, vae):
         part.to(device).eval().requires_grad_(False)
     return Parts(transformers, vae, scheduler)
@@ -106,14 +107,19 @@ def _require_pipeline(folder: Path, task: Task) -> None:
         )
 
 
-def _check(folder: Path, transformers: list[Any], task: Task) -> None:
-    """Tell models of one class apart by the channels of their input."""
-    config = transformers[0].config
+def _look_ahead(folder: Path, task: Task) -> None:
+    """Look at the transformer's settings before gigabytes are read."""
+    config = folder / "transformer" / "config.json"
+    if config.is_file():
+        _require_kind(folder, json.loads(config.read_text()), task)
+
+
+def _require_kind(folder: Path, config: Mapping[str, Any], task: Task) -> None:
+    """Tell models of one class apart by what goes into them."""
     wanted = {"vace": 16, "channels": 36, "first_latent": 48}[task.form]
-    if config.in_channels != wanted:
-        raise WanError(
-            f"{folder} has {config.in_channels} input channels and task {task.name} needs {wanted}: it is another model"
-        )
+    found = config.get("in_channels")
+    if found != wanted:
+        raise WanError(f"{folder} has {found} input channels and task {task.name} needs {wanted}: it is another model")
     if config.get("image_dim"):
         raise WanError(f"{folder} is a Wan2.1 image-to-video model, which needs a CLIP vision encoder; use Wan2.2's")
 

@@ -201,9 +201,10 @@ def load_text(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         feed_forward_proj="gated-gelu",
     )
     state = {_umt5_key(key): value.to(dtype) for key, value in raw.items()}
-    state["encoder.embed_tokens.weight"] = state["shared.weight"]
     with init_empty_weights():
-        model = UMT5EncoderModel(config)
+        model: Any = UMT5EncoderModel(config)
+    if (tied := "encoder.embed_tokens.weight") in model.state_dict():
+        state[tied] = state["shared.weight"]
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
