@@ -59,6 +59,39 @@ def test_refusals_name_the_field_and_the_mend(override: str, message: str) -> No
         config.load("cpu-mini", overrides=[override])
 
 
+@pytest.mark.parametrize(
+    ("task", "expected"),
+    [
+        ("vace-i2v", ("Wan2.1-VACE-14B-diffusers", 832, 480, 81, 16, 50, 16.0, 5.0, None, None)),
+        ("vace-r2v", ("Wan2.1-VACE-14B-diffusers", 832, 480, 81, 16, 50, 16.0, 5.0, None, None)),
+        ("ti2v-5B", ("Wan2.2-TI2V-5B-Diffusers", 1280, 704, 121, 24, 50, 5.0, 5.0, None, None)),
+        ("i2v-A14B", ("Wan2.2-I2V-A14B-Diffusers", 832, 480, 81, 16, 40, 5.0, 3.5, 3.5, 0.9)),
+    ],
+)
+def test_each_video_task_brings_its_official_settings(task: str, expected: tuple[object, ...]) -> None:
+    video = config.load("gpu", overrides=[f"video.task={task}"]).video
+    assert expected == (
+        video.model, video.width, video.height, video.frames, video.fps, video.steps, video.shift, video.guidance,
+        video.guidance_low, video.boundary,
+    )  # fmt: skip
+    assert config.load("gpu", overrides=[f"video.task={task}", "video.steps=7"]).video.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["video.task=t2v"], r"video.task: .*'vace-i2v'"),
+        (["video.task=ti2v-5B", "video.height=720"], r"height is 720; it must be a multiple of 32, such as 704"),
+        (["video.task=i2v-A14B", "video.guide=tpige"], r"guide tpige weakens VACE's hints"),
+        (["video.task=i2v-A14B", "video.boundary=null"], r"needs boundary"),
+        (["video.compile=true", "video.cache.kind=taylorseer"], r"compile and cache exclude each other"),
+    ],
+)
+def test_video_settings_that_exclude_each_other(overrides: list[str], message: str) -> None:
+    with pytest.raises(config.ConfigError, match=message):
+        config.load("gpu", overrides=overrides)
+
+
 def test_unknown_profile_and_file(tmp_path: Path) -> None:
     with pytest.raises(config.ConfigError, match="did you mean 'cpu-mini'"):
         config.load("cpu-min")

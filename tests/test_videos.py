@@ -191,3 +191,34 @@ def test_s3_is_read(monkeypatch):
             videos.read_frames(f"s3://run/videos/gone.mp4{at}")
     finally:
         server.stop()
+
+
+def test_a_strip_shows_the_video_from_end_to_end():
+    frames = np.zeros((17, 96, 176, 3), np.uint8)
+    frames[0], frames[-1] = 255, 128
+    strip = videos.strip(frames, count=4, width=88)
+    assert strip.shape == (48, 4 * 88, 3)
+    assert (strip[:, :88] == 255).all()
+    assert (strip[:, -88:] == 128).all()
+    assert (strip[:, 88:-88] == 0).all()
+    assert videos.strip(frames[:2], count=8).shape == (87, 2 * 160, 3), "no frame twice"
+
+
+def test_a_poster_is_the_middle_frame():
+    frames = np.zeros((5, 960, 1280, 3), np.uint8)
+    frames[2] = 200
+    assert videos.poster(frames).shape == (480, 640, 3)
+    assert (videos.poster(frames) == 200).all()
+    assert videos.poster(smooth()).shape == (96, 176, 3), "none is enlarged"
+    assert videos.poster(np.zeros((1, 1280, 704, 3), np.uint8)).shape[1] == 640, "portraits too"
+
+
+def test_without_a_card_nvenc_is_refused_and_auto_is_x264(monkeypatch):
+    monkeypatch.setattr(videos, "has_nvenc", lambda: False)
+    with pytest.raises(videos.VideoError, match="no NVENC"):
+        videos.encode_mp4(smooth(3), 8, 18, encoder="nvenc")
+    assert videos.encode_mp4(smooth(3), 8, 18, encoder="auto") == videos.encode_mp4(smooth(3), 8, 18)
+
+
+def test_looking_for_nvenc_never_fails():
+    assert videos.has_nvenc() in (True, False)

@@ -20,8 +20,9 @@ from ipvg_ray.config.dataset import DatasetConfig, ModelsConfig
 from ipvg_ray.config.evaluate import EvaluateConfig
 from ipvg_ray.config.faces import FacesConfig, MattingConfig
 from ipvg_ray.config.first_frame import FirstFrameConfig
+from ipvg_ray.config.group import GroupConfig
 from ipvg_ray.config.prompts import EndpointConfig, PromptsConfig, VllmConfig
-from ipvg_ray.config.video import VideoConfig
+from ipvg_ray.config.video import TextStatesConfig, VideoConfig
 
 __all__ = [
     "Config",
@@ -32,6 +33,7 @@ __all__ = [
     "EvaluateConfig",
     "FacesConfig",
     "FirstFrameConfig",
+    "GroupConfig",
     "MattingConfig",
     "ModelsConfig",
     "PoolConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "ReportConfig",
     "Section",
     "StageSection",
+    "TextStatesConfig",
     "Unit",
     "VideoConfig",
     "VllmConfig",
@@ -68,7 +71,8 @@ class Config(Section):
     matting: MattingConfig = MattingConfig()
     prompts: PromptsConfig = PromptsConfig()
     first_frame: FirstFrameConfig = FirstFrameConfig()
-    video: VideoConfig = VideoConfig()
+    text_states: TextStatesConfig = TextStatesConfig()
+    video: VideoConfig = Field(default_factory=lambda: VideoConfig.model_validate({}))
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
     stop_grace_s: float = Field(30.0, ge=0)

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
+from typing import Literal, cast
 
 import av
 import av.error
@@ -17,6 +19,9 @@ import pyarrow.fs as pafs
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
+from av.video.stream import VideoStream
+
+from ipvg_ray.media import images
 
 METADATA_KEYS = frozenset({"title", "artist", "comment", "copyright", "date", "description", "genre", "synopsis"})
 """What an MP4 file can say about itself in fields that players show; FFmpeg drops any other key without a word."""
@@ -49,30 +54,83 @@ class VideoInfo:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
-def encode_mp4(frames: np.ndarray, fps: int, crf: int, metadata: Mapping[str, str] | None = None) -> bytes:
+def encode_mp4(
+    frames: np.ndarray,
+    fps: int,
+    crf: int,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    encoder: Literal["x264", "nvenc", "auto"] = "x264",
+) -> bytes:
     """Encode to an H.264 MP4 (yuv420p, BT.709, index in front so that browsers play it while it loads).
 
-    One encoder thread, no CPU-dependent shortcuts and no timestamps: the bytes depend on the arguments and the
-    versions of FFmpeg and x264 only, not on the machine.
+    With x264: one encoder thread, no CPU-dependent shortcuts and no timestamps, so that the bytes depend on the
+    arguments and the versions of FFmpeg and x264 only, not on the machine. NVENC, the encoder of NVIDIA cards, is
+    faster; its bytes depend on card and driver.
 
     Args:
         frames: RGB, uint8, (N, H, W, 3), N ≥ 1, H and W even.
         fps: frames per second, ≥ 1.
         crf: x264's constant rate factor, 0 to 51; 18 looks lossless. 0 is lossless, which browsers do not play.
+            NVENC takes it as its constant quality.
         metadata: texts for the container; keys from `METADATA_KEYS`.
+        encoder: `auto` takes NVENC where `has_nvenc`, else x264.
 
     Raises:
-        VideoError: for any argument outside these bounds.
+        VideoError: for any argument outside these bounds, or NVENC where there is none.
     """
     _check_frames(frames)
     if fps < 1 or not 0 <= crf <= 51:
         raise VideoError(f"fps is {fps} and crf {crf}; fps must be at least 1 and crf 0 to 51")
     if unknown := set(metadata or {}) - METADATA_KEYS:
         raise VideoError(f"MP4 has no metadata {sorted(unknown)}; known: {', '.join(sorted(METADATA_KEYS))}")
+    if encoder == "nvenc" and not has_nvenc():
+        raise VideoError("there is no NVENC encoder on this machine; use encoder x264 or auto")
+    codec = _nvenc(crf) if encoder != "x264" and has_nvenc() else _x264(crf)
     with tempfile.TemporaryDirectory() as folder:  # moving the index to the front needs a file that can be reopened
         path = Path(folder) / "video.mp4"
-        _write(path, frames, fps, crf, dict(metadata or {}))
+        _write(path, frames, fps, codec, dict(metadata or {}))
         return path.read_bytes()
+
+
+@lru_cache
+def has_nvenc() -> bool:
+    """Whether this machine's card and FFmpeg encode H.264; found by encoding one frame."""
+    if "h264_nvenc" not in av.codecs_available:
+        return False
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            _write(Path(folder) / "one.mp4", np.zeros((1, 256, 256, 3), np.uint8), 1, _nvenc(18), {})
+    except (av.error.FFmpegError, OSError):
+        return False
+    return True
+
+
+def strip(frames: np.ndarray, count: int = 8, width: int = 160) -> np.ndarray:
+    """Frames side by side, evenly spaced from the first to the last.
+
+    Args:
+        frames: RGB, uint8, (N, H, W, 3).
+        count: how many at most.
+        width: of each at most, pixels.
+
+    Returns:
+        RGB, uint8, (h, n·w, 3).
+    """
+    _check_frames(frames)
+    places = np.unique(np.linspace(0, len(frames) - 1, count).round().astype(int))
+    return np.concatenate([images.shrunk(frames[place], _longer_side(frames, width)) for place in places], axis=1)
+
+
+def poster(frames: np.ndarray, width: int = 640) -> np.ndarray:
+    """The middle frame, RGB, uint8, at most `width` pixels wide."""
+    _check_frames(frames)
+    return images.shrunk(frames[len(frames) // 2], _longer_side(frames, width))
+
+
+def _longer_side(frames: np.ndarray, width: int) -> int:
+    """The longer side of frames of that width."""
+    return round(max(frames.shape[1:3]) * width / frames.shape[2])
 
 
 def probe(data: bytes) -> VideoInfo:
@@ -122,14 +180,26 @@ def _check_frames(frames: np.ndarray) -> None:
         raise VideoError(f"frames are {width}x{height}; H.264 in yuv420p needs an even width and height")
 
 
-def _write(path: Path, frames: np.ndarray, fps: int, crf: int, metadata: dict[str, str]) -> None:
+_Codec = tuple[str, dict[str, str]]
+"""FFmpeg's name of an encoder, and its options."""
+
+
+def _x264(crf: int) -> _Codec:
+    return "libx264", {"crf": str(crf), "preset": "medium", "x264-params": "threads=1:cpu-independent=1"}
+
+
+def _nvenc(crf: int) -> _Codec:
+    return "h264_nvenc", {"rc": "constqp", "qp": str(crf), "preset": "p5"}
+
+
+def _write(path: Path, frames: np.ndarray, fps: int, codec: _Codec, metadata: dict[str, str]) -> None:
     with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as container:
         container.metadata.update(metadata)
-        stream = container.add_stream("libx264", rate=fps)
+        stream = cast(VideoStream, container.add_stream(codec[0], rate=fps))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.time_base = Fraction(1, fps)
-        stream.options = {"crf": str(crf), "preset": "medium", "x264-params": "threads=1:cpu-independent=1"}
+        stream.options = dict(codec[1])
         context = stream.codec_context
         # Untagged files are shown in other colours by other players, which guess from the picture's height.
         context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709

@@ -6,6 +6,7 @@
     <run>/failures/part-*.parquet       rows that could not be finished
     <run>/videos/<identity>/<prompt>.mp4
     <run>/_engine/lock                  held by the process that runs
+    <run>/_engine/scratch/              work in progress that outlives its worker
     <run>/_engine/<session>/            one folder per session: tmp, journal, tickets, traces, tries
 
 On disk every file is first written into its session's `tmp` folder and then renamed to its place. A new session removes

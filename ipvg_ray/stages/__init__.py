@@ -15,11 +15,13 @@ class UnknownStageError(UserError, ValueError):
     """A name that is no stage."""
 
 
-NAMES = ("faces", "matting", "prompts", "first_frame", "video", "evaluate")
+NAMES = ("faces", "matting", "prompts", "text_states", "first_frame", "video", "evaluate")
 
 
 def make_stages(config: Config, until: str | None = None) -> list[Stage]:
     """The pipeline's stages in order, to `until` (the last one unless given). Loads no model.
+
+    Stages whose work the configuration has no use for are left out, unless they are `until`.
 
     Raises:
         UnknownStageError: for a name that is no stage.
@@ -29,10 +31,22 @@ def make_stages(config: Config, until: str | None = None) -> list[Stage]:
     from ipvg_ray.stages.first_frame import FirstFrameStage
     from ipvg_ray.stages.matting import MattingStage
     from ipvg_ray.stages.prompts import PromptsStage
+    from ipvg_ray.stages.text_states import TextStatesStage
     from ipvg_ray.stages.video import VideoStage
 
     if until is not None and until not in NAMES:
         raise UnknownStageError(f"there is no stage {until!r}; there are {', '.join(NAMES)}")
-    classes = (FacesStage, MattingStage, PromptsStage, FirstFrameStage, VideoStage, EvaluateStage)
+    classes: tuple[type[Stage], ...] = (
+        FacesStage,
+        MattingStage,
+        PromptsStage,
+        TextStatesStage,
+        FirstFrameStage,
+        VideoStage,
+        EvaluateStage,
+    )
     wanted = classes if until is None else classes[: NAMES.index(until) + 1]
-    return [stage(config) for stage in wanted]
+    idle = {"text_states"} if config.video.text_in_worker else set()
+    if config.video.task == "vace-r2v":
+        idle.add("first_frame")
+    return [stage(config) for stage in wanted if stage.name not in idle - {until}]

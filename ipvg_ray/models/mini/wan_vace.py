@@ -1,4 +1,4 @@
-"""A miniature Wan2.1-VACE: the real architecture and folder layout, random weights, a few MB; its videos are noise."""
+"""Miniature Wan models: the real architectures and folder layouts, random weights, a few MB; their videos are noise."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from ipvg_ray.models.quiet import no_bars
 
 NAME = "mini-wan-vace"
+TI2V_NAME = "mini-wan-ti2v"
+A14B_NAME = "mini-wan-i2v-a14b"
 
 _TEXT_WIDTH = 32
 _HINT_GAIN = 8.0  # a random network barely hears its hints; louder, another first frame visibly is another video
@@ -22,24 +24,34 @@ _TEXT = (
 
 
 def make(root: Path, seed: int = 0) -> None:
-    """Write `<root>/mini-wan-vace` in the diffusers format; the same seed gives the same bytes.
+    """Write Wan2.1-VACE, Wan2.2 TI2V-5B and Wan2.2 I2V-A14B in the diffusers format; same seed, same bytes.
 
-    Like the published conversions, its scheduler carries flow_shift 3.0, not VACE's own 16.
+    Like the published conversions, the schedulers of VACE and A14B carry flow_shift 3.0, not the official 16 and 5.
     """
-    from diffusers import WanVACEPipeline
+    from diffusers import WanImageToVideoPipeline, WanVACEPipeline
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = _tokenizer()
-        pipeline: Any = WanVACEPipeline(
-            tokenizer=tokenizer,
-            text_encoder=_text_encoder(len(tokenizer)),
-            vae=_vae(),
-            scheduler=_scheduler(),
-            transformer=_transformer(),
-        )
+        text: dict[str, Any] = {"tokenizer": tokenizer, "text_encoder": _text_encoder(len(tokenizer))}
+        vae = _vae()
+        pipelines: dict[str, Any] = {
+            NAME: WanVACEPipeline(**text, vae=vae, scheduler=_scheduler(3.0), transformer=_vace()),
+            TI2V_NAME: WanImageToVideoPipeline(
+                **text, vae=_vae22(), scheduler=_scheduler(5.0), transformer=_wan(48, 48), expand_timesteps=True
+            ),
+            A14B_NAME: WanImageToVideoPipeline(
+                **text,
+                vae=vae,
+                scheduler=_scheduler(3.0),
+                transformer=_wan(36, 16),
+                transformer_2=_wan(36, 16),
+                boundary_ratio=0.9,
+            ),
+        }
     with no_bars():
-        pipeline.save_pretrained(root / NAME)
+        for name, pipeline in pipelines.items():
+            pipeline.save_pretrained(root / name)
 
 
 def _tokenizer() -> Any:
@@ -78,34 +90,64 @@ def _vae() -> Any:
     )
 
 
-def _transformer() -> Any:
+def _vae22() -> Any:
+    """Wan 2.2's VAE of TI2V-5B: 48 latent channels, 16× smaller in space, 4× in time."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=48,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        scale_factor_temporal=4,
+        latents_mean=[0.1 * (channel % 5 - 2) for channel in range(48)],
+        latents_std=[0.5 + 0.1 * (channel % 7) for channel in range(48)],
+    )
+
+
+_SMALL: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 4,
+    "attention_head_dim": 24,
+    "text_dim": _TEXT_WIDTH,
+    "freq_dim": 64,
+    "ffn_dim": 128,
+    "num_layers": 4,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+}
+
+
+def _vace() -> Any:
     """Four blocks, hints from VACE blocks 0 and 2; 96 control channels = inactive 16 + reactive 16 + mask 64."""
     from diffusers import WanVACETransformer3DModel
 
     transformer: Any = WanVACETransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=4,
-        attention_head_dim=24,
-        in_channels=16,
-        out_channels=16,
-        text_dim=_TEXT_WIDTH,
-        freq_dim=64,
-        ffn_dim=128,
-        num_layers=4,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=1024,
-        vace_layers=[0, 2],
-        vace_in_channels=96,
+        **_SMALL, in_channels=16, out_channels=16, vace_layers=[0, 2], vace_in_channels=96
     )
     with torch.no_grad():
         transformer.vace_patch_embedding.weight *= _HINT_GAIN
     return transformer
 
 
-def _scheduler() -> Any:
+def _wan(in_channels: int, out_channels: int) -> Any:
+    """Four blocks without hints."""
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(**_SMALL, in_channels=in_channels, out_channels=out_channels)
+
+
+def _scheduler(shift: float) -> Any:
     from diffusers import UniPCMultistepScheduler
 
     return UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=shift
     )

@@ -1,0 +1,64 @@
+"""The scratch store beside a run: kept over sessions, closed to those that were cut off, apart by fingerprint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from engine_driver import freeze_fake, request
+from engine_inprocess import make_worker
+
+from ipvg_ray.pipeline import run as engine
+from ipvg_ray.pipeline.scratch import RunScratch
+from ipvg_ray.pipeline.store import FencedError, Store, new_session
+
+
+def session(run: Path) -> Store:
+    store = Store(run, new_session())
+    store.begin()
+    return store
+
+
+def test_it_outlives_its_session(tmp_path: Path) -> None:
+    first = session(tmp_path)
+    scratch = RunScratch(first, "video-a")
+    assert scratch.read("row/1") is None
+    scratch.write("row/1", b"one")
+    scratch.write("row/1", b"two")
+    first.end()
+    later = RunScratch(session(tmp_path), "video-a")
+    assert later.read("row/1") == b"two"
+    assert RunScratch(later.store, "video-b").read("row/1") is None
+    later.remove("row/1")
+    later.remove("row/1")
+    assert later.read("row/1") is None
+
+
+def test_a_session_that_was_cut_off_writes_nothing(tmp_path: Path) -> None:
+    old = RunScratch(session(tmp_path), "video-a")
+    new = RunScratch(session(tmp_path), "video-a")
+    with pytest.raises(FencedError):
+        old.write("row", b"late")
+    assert new.read("row") is None
+
+
+def test_names_stay_inside(tmp_path: Path) -> None:
+    scratch = RunScratch(session(tmp_path), "video-a")
+    scratch.write("../../../escape", b"x")
+    assert scratch.read("../../../escape") == b"x"
+    (file,) = (p for p in tmp_path.rglob("*") if p.is_file())
+    assert file.parent == tmp_path / "_engine" / "scratch" / "video-a"
+
+
+def test_a_worker_gives_its_stage_the_scratch_of_its_fingerprint(tmp_path: Path) -> None:
+    def owners(add: int) -> dict[str, str]:
+        asked = request(tmp_path / f"run{add}", add=add)
+        with engine.opened(asked, freeze_fake(2, 1)) as this:
+            made = {stage.name: make_worker(this, asked, stage.name).stage for stage in asked.stages}
+            return {name: stage.context.scratch.owner for name, stage in made.items()}  # type: ignore[attr-defined]
+
+    one, other = owners(1), owners(2)
+    assert one["first"] == other["first"]
+    assert one["third"] != other["third"], "it is configured otherwise"
+    assert len(set(one.values())) == 3
+    assert one["third"].startswith("third-")
