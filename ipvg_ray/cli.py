@@ -302,6 +302,7 @@ def _print_plan(settings: config.Config, this: Any) -> None:
         wants = f"{asks.cpus:g} CPU" + (f", {asks.gpus:g} GPU" if asks.gpus else "")
         wants += f" {asks.accelerator_type}" if asks.accelerator_type else ""
         wants += f", {asks.memory_gb:g} GiB" if asks.memory_gb else ""
+        wants += "".join(f", {key}={value}" for key, value in asks.label_selector.items())
         workers = str(asks.min_workers) + (f"-{asks.max_workers}" if asks.max_workers > asks.min_workers else "")
         numbers = (counts.done, counts.failed, counts.waiting)
         table.add_row(step.name, step.stage.grain, workers, str(asks.batch_size), wants, *map(str, numbers))

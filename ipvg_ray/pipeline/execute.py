@@ -304,6 +304,8 @@ def _remote_args(asks: Resources) -> dict[str, Any]:
         args["memory"] = int(asks.memory_gb * 2**30)
     if asks.accelerator_type:
         args["accelerator_type"] = asks.accelerator_type
+    if asks.label_selector:
+        args["label_selector"] = dict(asks.label_selector)
     return args
 
 
