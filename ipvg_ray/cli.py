@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ipvg_ray import __version__, cli_models, config, tables
+from ipvg_ray import __version__, cli_estimate, cli_models, config, tables
 from ipvg_ray.cli_options import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
@@ -34,6 +34,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 dataset_app = typer.Typer(no_args_is_help=True, help="Read identity sets, make the demonstration set.")
 app.add_typer(cli_models.app, name="models")
 app.add_typer(dataset_app, name="dataset")
+app.command()(cli_estimate.simulate)
 
 Input = Annotated[str | None, typer.Argument(help="Identity set: folder, file or s3:// URI. Leave out to resume.")]
 Run = Annotated[
@@ -87,8 +88,13 @@ def plan(
     overrides: Set = [],  # noqa: B006
     until: Until = None,
     strict: bool = False,
+    cluster: cli_estimate.Cluster = None,
+    prices: cli_estimate.PriceFile = None,
+    gpus: cli_estimate.Gpus = None,
+    rates: cli_estimate.Rates = [],  # noqa: B006
 ) -> int:
-    """Show what a run would do: stages, pools, what each asks for, rows to do. Reads the identity set, runs nothing."""
+    """Show what a run would do: stages, pools, rows to do; with a cluster or GPUs named also hours, nodes and cost.
+    Reads the identity set, runs nothing."""
     from ipvg_ray.pipeline import run as engine
     from ipvg_ray.stages import make_stages
 
@@ -97,6 +103,11 @@ def plan(
     request = engine.Request(out_dir, settings.model_dump(mode="json"), settings.seed, stages)
     with engine.opened(request, _freezer(settings)) as this:
         _print_plan(settings, this)
+        counts = this.found.counts
+    if cluster or prices or gpus or rates:
+        around = cli_estimate.Around([out_dir, *rates], cluster, prices, gpus)
+        waiting = {name: count.waiting for name, count in counts.items()}
+        cli_estimate.show(stages, waiting, list(counts.values())[-1].waiting, around)
     return EXIT_OK
 
 

@@ -26,7 +26,7 @@ from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.deaths import LastWords, keep_traces, oom_kills, trace_folder
 from ipvg_ray.pipeline.lead import bound_lead
 from ipvg_ray.pipeline.ledger import Event, TryLedger, Who
-from ipvg_ray.pipeline.plan import Step
+from ipvg_ray.pipeline.plan import Step, rows_ahead
 from ipvg_ray.pipeline.stage import Resources
 from ipvg_ray.pipeline.store import Store
 from ipvg_ray.pipeline.tickets import TicketFile, read_rows
@@ -41,8 +41,6 @@ _WORDS = 10
 """Lines of a worker's own words that are shown: torch explains a wrong checkpoint over several."""
 _GROW_AT = 0.8
 """Batches in work, as a share of what a pool can have in work, from which on it grows."""
-_BATCHES_AHEAD = 4
-"""Batches that may wait in front of a stage for each that its pool can have in work."""
 _PATIENCE = 4.0
 """How often its slowest stage's time limit must pass without anything moving before an execution is given up."""
 
@@ -195,7 +193,9 @@ def execute(
     context.max_consecutive_actor_init_deaths = _START_TRIES
     context.execution_no_progress_timeout_s = no_progress_limit(steps)
     context.actor_pool_util_upscaling_threshold = _GROW_AT
-    bound_lead(context, {step.name: rows_ahead(step.stage.resources()) for step in steps})
+    asks = [step.stage.resources() for step in steps]
+    ahead = map(rows_ahead, asks, [None, *asks])
+    bound_lead(context, {step.name: rows for step, rows in zip(steps, ahead, strict=True)})
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     dataset = _dataset(steps, specs, tickets, desk)
     if dataset is None:
@@ -276,11 +276,6 @@ def _map(dataset: Dataset, step: Step, spec: WorkerSpec, desk: Any) -> Dataset:
         num_gpus=asks.gpus,
         **_remote_args(asks),
     )
-
-
-def rows_ahead(asks: Resources) -> int:
-    """Rows that may wait in front of a stage: enough that its largest pool never stands idle for want of dealing."""
-    return _BATCHES_AHEAD * asks.batch_size * asks.max_workers * asks.concurrency
 
 
 def _in_flight(asks: Resources) -> int:
