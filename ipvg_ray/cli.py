@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ipvg_ray import __version__, cli_estimate, cli_models, config, tables
+from ipvg_ray import __version__, cli_estimate, cli_models, cli_submit, config, tables
 from ipvg_ray.cli_options import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
@@ -35,6 +35,7 @@ dataset_app = typer.Typer(no_args_is_help=True, help="Read identity sets, make t
 app.add_typer(cli_models.app, name="models")
 app.add_typer(dataset_app, name="dataset")
 app.command()(cli_estimate.simulate)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(cli_submit.submit)
 
 Input = Annotated[str | None, typer.Argument(help="Identity set: folder, file or s3:// URI. Leave out to resume.")]
 Run = Annotated[

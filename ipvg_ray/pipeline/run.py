@@ -16,6 +16,7 @@ from ipvg_ray.pipeline.deaths import trace_folder
 from ipvg_ray.pipeline.lease import RunLockedError
 from ipvg_ray.pipeline.plan import Step
 from ipvg_ray.pipeline.rundir import ChangedError, Freeze, Opened, Request, fork, now, opened, require_models
+from ipvg_ray.pipeline.runlog import RunLog, progress_of
 from ipvg_ray.pipeline.survey import Counts
 from ipvg_ray.pipeline.tickets import write_tickets
 from ipvg_ray.pipeline.worker import WorkerSpec
@@ -64,11 +65,12 @@ def run(request: Request, freeze: Freeze) -> Result:
         this.run.setdefault("sessions", []).append(session)
         this.store.write_run(this.run)
         result = Result(counts, this.run["dataset"]["problems"], 0.0)
-        log = trace_folder(this.store.session_dir).with_name("ray.log")
+        words, log = trace_folder(this.store.session_dir).with_name("ray.log"), RunLog(this.store.session_dir)
+        log.note("start", run=str(this.store.run_dir), stages=progress_of(seen))
         try:
             if any(len(rows) for rows in this.found.entry.values()):
-                with shown.own_terminal(log) as terminal, _signals(this, request.grace_s, terminal):
-                    _execute(this, request, seen, terminal)
+                with shown.own_terminal(words) as terminal, _signals(this, request.grace_s, terminal):
+                    _execute(this, request, seen, terminal, log)
             result.outcome = "interrupted" if this.stopping else "complete"
         except KeyboardInterrupt:
             result.outcome = "interrupted"
@@ -76,15 +78,18 @@ def run(request: Request, freeze: Freeze) -> Result:
                 raise RunLockedError(f"{request.run_dir} was taken over by another start; this one has ended") from None
         except BaseException as error:
             result.outcome = "failed"
-            error.add_note(f"Ray's own words are in {log}")
+            error.add_note(f"Ray's own words are in {words}")
+            log.note("note", message=f"{type(error).__name__}: {error}")
             raise
         finally:
             result.seconds = time.monotonic() - started
             result.stages = _tally(seen, this.steps)
             session |= {"ended": now(), "seconds": round(result.seconds, 1), "outcome": result.outcome}
             session["stages"] = result.stages
+            log.note("end", outcome=result.outcome, seconds=session["seconds"], stages=progress_of(seen))
             if not this.lost:
                 this.store.write_run(this.run)
+                log.close()
         result.counts = this.survey().counts
         return result
 
@@ -97,11 +102,12 @@ def specs(this: Opened, request: Request) -> dict[str, WorkerSpec]:
     }
 
 
-def _execute(this: Opened, request: Request, seen: shown.Progress, terminal: TextIO) -> None:
+def _execute(this: Opened, request: Request, seen: shown.Progress, terminal: TextIO, log: RunLog) -> None:
     from ipvg_ray.pipeline import execute  # Ray takes a second to import; `plan` and `status` do without it
 
     def say(line: str) -> None:
         print(line, file=terminal, flush=True)
+        log.note("note", message=line)
 
     try:
         execute.connect()
@@ -111,6 +117,7 @@ def _execute(this: Opened, request: Request, seen: shown.Progress, terminal: Tex
             def on_events(events: Sequence[Any]) -> None:
                 seen.add(events)
                 display.tick()
+                log.tick(seen)
 
             _go_on_after_losses(this, lambda: _execute_once(this, request, on_events, say), seen, say)
     finally:
