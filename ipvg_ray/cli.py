@@ -27,6 +27,7 @@ from ipvg_ray.cli_options import (
     out,
 )
 from ipvg_ray.errors import UserError
+from ipvg_ray.secrets import redact
 from ipvg_ray.storage import RunPath, run_path
 
 HELP = "Turn a set of faces and prompts into identity-preserving videos; resumable, on a laptop or a cluster."
@@ -373,7 +374,7 @@ def _explain(error: Exception) -> int:
     if not isinstance(error, UserError):
         raise error
     notes = "\n".join(getattr(error, "__notes__", []))
-    print(f"ipvg-ray: {error}" + (f"\n{notes}" if notes else ""), file=sys.stderr)
+    print(redact(f"ipvg-ray: {error}" + (f"\n{notes}" if notes else "")), file=sys.stderr)
     return EXIT_USAGE if isinstance(error, config.ConfigError) else EXIT_ERROR
 
 

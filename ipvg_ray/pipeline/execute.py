@@ -78,6 +78,9 @@ class _Desk(TryLedger):
         self.events.append(event)
         super().end(event, closed)
 
+    def lost(self) -> int:
+        return self.lost_tries
+
     def take(self) -> list[Event]:
         events, self.events = self.events, []
         return events
@@ -166,6 +169,14 @@ def make_desk() -> Any:
     """The desk that workers report to, for one run; it dies with the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return _Desk.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
+def lost_tries(desk: Any) -> int:
+    """Batches that were in work on nodes which were lost, as far as the desk can still tell."""
+    try:
+        return int(ray.get(desk.lost.remote(), timeout=10))
+    except ray.exceptions.RayError:
+        return 0
 
 
 def execute(

@@ -69,6 +69,10 @@ class Progress:
         counts: per stage, in order, where the run starts from.
         prompts: how many samples each identity has on average: what one failed identity costs later stages.
         grains: grain per stage.
+
+    Attributes:
+        lost_tries: batches that were in work on nodes which were lost.
+        lost_executions: how often so much was lost that the run began again from its checkpoints.
     """
 
     def __init__(self, counts: Mapping[str, Counts], grains: Mapping[str, str], prompts: float) -> None:
@@ -76,6 +80,8 @@ class Progress:
         self.grains = dict(grains)
         self.prompts = prompts
         self.started = time.monotonic()
+        self.lost_tries = 0
+        self.lost_executions = 0
 
     def restart(self, counts: Mapping[str, Counts]) -> None:
         """Begin again from what is on disk: batches that were in work are not, and some were counted twice."""

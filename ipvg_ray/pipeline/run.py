@@ -86,6 +86,8 @@ def run(request: Request, freeze: Freeze) -> Result:
             result.stages = _tally(seen, this.steps)
             session |= {"ended": now(), "seconds": round(result.seconds, 1), "outcome": result.outcome}
             session["stages"] = result.stages
+            if seen.lost_tries or seen.lost_executions:
+                session["lost"] = {"batches": seen.lost_tries, "executions": seen.lost_executions}
             log.note("end", outcome=result.outcome, seconds=session["seconds"], stages=progress_of(seen))
             if not this.lost:
                 this.store.write_run(this.run)
@@ -119,13 +121,17 @@ def _execute(this: Opened, request: Request, seen: shown.Progress, terminal: Tex
                 display.tick()
                 log.tick(seen)
 
-            _go_on_after_losses(this, lambda: _execute_once(this, request, on_events, say), seen, say)
+            _go_on_after_losses(this, lambda: _execute_once(this, request, on_events, say, seen), seen, say)
     finally:
         execute.shutdown()
 
 
 def _execute_once(
-    this: Opened, request: Request, on_events: Callable[[Sequence[Any]], None], say: Callable[[str], None]
+    this: Opened,
+    request: Request,
+    on_events: Callable[[Sequence[Any]], None],
+    say: Callable[[str], None],
+    seen: shown.Progress,
 ) -> None:
     """Do what is missing, in as many executions as the machine needs."""
     from ipvg_ray.pipeline import execute, space
@@ -142,7 +148,11 @@ def _execute_once(
             if step.name in names and len(found.entry[step.name])
         }
         # A ledger for each: what broke off before says nothing of the rows that were in work then.
-        execute.execute(group, specs(this, request), tickets, on_events, execute.make_desk())
+        desk = execute.make_desk()
+        try:
+            execute.execute(group, specs(this, request), tickets, on_events, desk)
+        finally:
+            seen.lost_tries += execute.lost_tries(desk)
 
 
 def _go_on_after_losses(
@@ -161,6 +171,7 @@ def _go_on_after_losses(
                 return None
             this.renew()
             seen.restart(this.found.counts)
+            seen.lost_executions += 1
             idle = 0 if _finished(this.found.counts) > before else idle + 1
             if idle >= _IDLE_LOSSES:
                 raise

@@ -15,6 +15,7 @@ from typing import Any
 
 from ipvg_ray.pipeline.deaths import trace_folder
 from ipvg_ray.pipeline.progress import LOG_EVERY, Progress
+from ipvg_ray.secrets import redact
 from ipvg_ray.storage import RunPath
 
 
@@ -35,7 +36,7 @@ class RunLog:
         """Write one line."""
         line = {"t": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **values}
         with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+            file.write(redact(json.dumps(line, ensure_ascii=False, default=str)) + "\n")
 
     def tick(self, seen: Progress) -> None:
         """Call often; writes a line when one is due."""

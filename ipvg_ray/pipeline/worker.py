@@ -33,6 +33,7 @@ from ipvg_ray.pipeline.plan import ATTEMPT, SAMPLES, Step
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
 from ipvg_ray.pipeline.store import FencedError, Store, batch_digest, failures_table, row_seed
 from ipvg_ray.pipeline.turns import Turns
+from ipvg_ray.secrets import redact
 from ipvg_ray.storage import StorageError
 
 
@@ -300,8 +301,8 @@ class Journal:
 
 
 def _text(words: str) -> str:
-    """Words that Parquet can hold: lone surrogates, which Python allows, become question marks."""
-    return words.encode("utf-8", "replace").decode()
+    """Words that Parquet can hold and anybody may read: lone surrogates become question marks, secrets are cut out."""
+    return redact(words.encode("utf-8", "replace").decode())
 
 
 def rows_of(batch: pa.Table, stage: Stage, run_seed: int) -> list[Row]:
