@@ -17,7 +17,7 @@ import typer
 
 import ipvg_ray
 from ipvg_ray import config
-from ipvg_ray.cli_options import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, out
+from ipvg_ray.cli_options import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, EXIT_ROWS_FAILED, out
 from ipvg_ray.errors import UserError
 from ipvg_ray.schema import schema_dir
 from ipvg_ray.storage import S3Path
@@ -158,6 +158,9 @@ def _conclude(client: Any, name: str, address: str, arguments: list[str]) -> int
     if info.status == "SUCCEEDED":
         out.print(f"{name}: done", markup=False)
         return EXIT_OK
+    if code == EXIT_ROWS_FAILED:
+        out.print(f"{name}: done, but some rows failed; try them again with: {again} --retry-failures", markup=False)
+        return EXIT_ROWS_FAILED
     told = f", exit code {code}" if code is not None else f": {info.message}"
     out.print(f"{name}: {info.status.lower()}{told}", markup=False)
     out.print(f"go on with: {again}", markup=False)

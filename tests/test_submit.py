@@ -92,14 +92,14 @@ def test_the_miniature_pipeline_as_a_job_from_s3_to_s3(tmp_path: Path, mini_mode
     assert told["first"] == 130, told["said"]
     assert "go on with: ipvg-ray submit --address" in told["said"]
     assert "Go on with: ipvg-ray run --out s3://runs/mini/run" in told["said"], "the job's own log was followed"
-    assert told["second"] == 0, told["then"]
+    assert told["second"] == 3, told["then"]
+    assert "done, but some rows failed; try them again with: ipvg-ray submit" in told["then"], (
+        "there is a cat among them"
+    )
     assert told["outcomes"] == ["interrupted", "complete"]
     assert told["kept"] >= 3, "parts of the first job stand as they were"
-    assert told["rows"] == {"faces": 3, "matting": 3} | dict.fromkeys(pools, told["videos"]) | {
-        "faces": 3,
-        "matting": 3,
-    }
+    assert told["rows"] == {"faces": 2, "matting": 2, "prompts": 4, "first_frame": 4, "video": 4, "evaluate": 4}
     assert told["most"] == 1, "nothing was done twice"
-    assert told["videos"] >= 3
+    assert told["videos"] == 4
     assert told["report"]
     assert told["logs"].count("start") == told["logs"].count("end") == 2

@@ -27,6 +27,7 @@ from ipvg_ray.pipeline.deaths import LastWords, keep_traces, oom_kills, trace_fo
 from ipvg_ray.pipeline.lead import bound_lead
 from ipvg_ray.pipeline.ledger import Event, TryLedger, Who
 from ipvg_ray.pipeline.plan import Step, rows_ahead
+from ipvg_ray.pipeline.spot import Notice, Watch
 from ipvg_ray.pipeline.stage import Resources
 from ipvg_ray.pipeline.store import Store
 from ipvg_ray.pipeline.tickets import TicketFile, read_rows
@@ -69,6 +70,10 @@ class _Desk(TryLedger):
     def __init__(self) -> None:
         super().__init__(_node_lost)
         self.events: list[Event] = []
+        self.notices: set[str] = set()
+
+    def leaving(self, node: str) -> None:
+        self.notices.add(node)
 
     def begin(self, event: Event, who: Who) -> list[Who]:
         self.events.append(event)
@@ -78,8 +83,8 @@ class _Desk(TryLedger):
         self.events.append(event)
         super().end(event, closed)
 
-    def lost(self) -> int:
-        return self.lost_tries
+    def lost(self) -> dict[str, int]:
+        return {"batches": self.lost_tries, "notices": len(self.notices)}
 
     def take(self) -> list[Event]:
         events, self.events = self.events, []
@@ -171,12 +176,12 @@ def make_desk() -> Any:
     return _Desk.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
-def lost_tries(desk: Any) -> int:
-    """Batches that were in work on nodes which were lost, as far as the desk can still tell."""
+def lost(desk: Any) -> dict[str, int]:
+    """How many batches were in work on nodes that were lost, and how many nodes left after a notice."""
     try:
-        return int(ray.get(desk.lost.remote(), timeout=10))
+        return dict(ray.get(desk.lost.remote(), timeout=10))
     except ray.exceptions.RayError:
-        return 0
+        return {}
 
 
 def execute(
@@ -336,11 +341,23 @@ class _StageActor:
         )
         keep_traces(spec.store.session_dir)
         last_words = LastWords(who.trace) if spec.store.is_open() else None
-
+        self.spot = Watch(lambda notice: _drain(desk, who.node, notice))
         self.worker = Worker(spec, "cuda" if asks.gpus else "cpu", _AtDesk(desk), who, last_words)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return self.worker(batch)
+        # Ray starts this actor again on another node, and gives it the batch that was not begun.
+        with self.spot.batch(leave=lambda: os._exit(0)):
+            return self.worker(batch)
+
+
+def _drain(desk: Any, node: str, notice: Notice) -> None:
+    """Tell Ray that a node will be taken away: it starts nothing there any more, and the autoscaler fetches another."""
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    desk.leaving.remote(node)
+    gcs = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    gcs.drain_node(node, reason, f"taken away by {notice.cloud}", int(notice.deadline * 1000))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,8 +72,8 @@ class Progress:
         grains: grain per stage.
 
     Attributes:
-        lost_tries: batches that were in work on nodes which were lost.
-        lost_executions: how often so much was lost that the run began again from its checkpoints.
+        lost: `batches` that were in work on nodes which were lost, nodes that left after a notice (`notices`), and how
+            often so much was lost that the run began again from its checkpoints (`executions`).
     """
 
     def __init__(self, counts: Mapping[str, Counts], grains: Mapping[str, str], prompts: float) -> None:
@@ -80,8 +81,7 @@ class Progress:
         self.grains = dict(grains)
         self.prompts = prompts
         self.started = time.monotonic()
-        self.lost_tries = 0
-        self.lost_executions = 0
+        self.lost: Counter[str] = Counter()
 
     def restart(self, counts: Mapping[str, Counts]) -> None:
         """Begin again from what is on disk: batches that were in work are not, and some were counted twice."""

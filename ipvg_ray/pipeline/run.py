@@ -86,8 +86,8 @@ def run(request: Request, freeze: Freeze) -> Result:
             result.stages = _tally(seen, this.steps)
             session |= {"ended": now(), "seconds": round(result.seconds, 1), "outcome": result.outcome}
             session["stages"] = result.stages
-            if seen.lost_tries or seen.lost_executions:
-                session["lost"] = {"batches": seen.lost_tries, "executions": seen.lost_executions}
+            if seen.lost.total():
+                session["lost"] = dict(seen.lost)
             log.note("end", outcome=result.outcome, seconds=session["seconds"], stages=progress_of(seen))
             if not this.lost:
                 this.store.write_run(this.run)
@@ -152,7 +152,7 @@ def _execute_once(
         try:
             execute.execute(group, specs(this, request), tickets, on_events, desk)
         finally:
-            seen.lost_tries += execute.lost_tries(desk)
+            seen.lost.update(execute.lost(desk))
 
 
 def _go_on_after_losses(
@@ -171,7 +171,7 @@ def _go_on_after_losses(
                 return None
             this.renew()
             seen.restart(this.found.counts)
-            seen.lost_executions += 1
+            seen.lost["executions"] += 1
             idle = 0 if _finished(this.found.counts) > before else idle + 1
             if idle >= _IDLE_LOSSES:
                 raise

@@ -1,0 +1,127 @@
+"""Spot nodes: hear the cloud's notice that a node will be taken away, and have the node leave in good order.
+
+AWS gives two minutes' notice, Google Cloud half a minute; both tell it at a metadata address that only the node itself
+can reach. A node with a notice takes no new work: Ray is told to drain it, so that nothing is started there and the
+autoscaler fetches another; workers finish the rows they have begun, and end before they begin others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+
+ADDRESS = "http://169.254.169.254"
+"""Where both clouds answer their nodes. The environment variable IPVG_RAY_METADATA names another, or is `off`."""
+EVERY = 5.0
+"""Seconds between two looks, as AWS recommends."""
+_GOOGLE_S = 30.0
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A node will be taken away: by which cloud, and when (seconds since 1970)."""
+
+    cloud: str
+    deadline: float
+
+
+class Metadata:
+    """The metadata address of the node that this process runs on.
+
+    Args:
+        address: where it is.
+        timeout: seconds that an answer may take; the address is on the node itself.
+    """
+
+    def __init__(self, address: str, timeout: float = 2.0) -> None:
+        self.address = address.rstrip("/")
+        self.timeout = timeout
+
+    def cloud(self) -> str | None:
+        """`aws`, `gcp`, or None where nobody answers as either would."""
+        if self._token() is not None:
+            return "aws"
+        return "gcp" if self._google() is not None else None
+
+    def notice(self, cloud: str) -> Notice | None:
+        """The notice, if one was given."""
+        if cloud == "gcp":
+            return Notice("gcp", time.time() + _GOOGLE_S) if self._google() == "TRUE" else None
+        token = self._token()
+        said = self._ask("/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token or ""})
+        if said is None:
+            return None
+        when = datetime.fromisoformat(json.loads(said)["time"].replace("Z", "+00:00"))
+        return Notice("aws", when.timestamp())
+
+    def _token(self) -> str | None:
+        return self._ask("/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT")
+
+    def _google(self) -> str | None:
+        return self._ask("/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
+
+    def _ask(self, path: str, headers: dict[str, str], method: str = "GET") -> str | None:
+        request = urllib.request.Request(self.address + path, headers=headers, method=method)
+        # Never through a proxy: the address stands for the node itself.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=self.timeout) as answer:
+                return str(answer.read().decode()).strip()
+        except (OSError, ValueError):
+            return None
+
+
+class Watch:
+    """Looks for a notice in a thread of its own, where this node belongs to a cloud that gives any.
+
+    Args:
+        on_notice: called once, in that thread.
+        address: of the metadata; None for the environment's, which may turn the watch off.
+        every: seconds between two looks.
+    """
+
+    def __init__(self, on_notice: Callable[[Notice], None], address: str | None = None, every: float = EVERY) -> None:
+        self.noticed = threading.Event()
+        self.on_notice = on_notice
+        self.every = every
+        self.working = 0
+        self.free = threading.Condition()
+        if address is None:
+            address = os.environ.get("IPVG_RAY_METADATA", ADDRESS)
+            off = os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true" and address == ADDRESS
+            address = "off" if off else address
+        if address != "off":
+            threading.Thread(target=self._look, args=(Metadata(address),), name="spot", daemon=True).start()
+
+    def _look(self, metadata: Metadata) -> None:
+        cloud = metadata.cloud()
+        while cloud is not None and not self.noticed.is_set():
+            notice = metadata.notice(cloud)
+            if notice is not None:
+                self.noticed.set()
+                self.on_notice(notice)
+                return
+            time.sleep(self.every)
+
+    @contextmanager
+    def batch(self, leave: Callable[[], None]) -> Iterator[None]:
+        """Around a batch: once there was a notice, `leave` is called instead, when no other batch is in work."""
+        with self.free:
+            if self.noticed.is_set():
+                self.free.wait_for(lambda: self.working == 0)
+                leave()
+            self.working += 1
+        try:
+            yield
+        finally:
+            with self.free:
+                self.working -= 1
+                self.free.notify_all()
