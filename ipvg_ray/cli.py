@@ -64,10 +64,13 @@ def run(
 ) -> int:
     """Turn an identity set into videos; on an existing run directory, do only what is missing."""
     from ipvg_ray.pipeline import run as engine
+    from ipvg_ray.pipeline.staging import take_models
     from ipvg_ray.stages import make_stages
 
     settings = _settings(out_dir, source, profile, file, overrides, strict)
     stages = make_stages(settings, until)
+    for name in take_models(stages):
+        out.print(f"took {name} from {settings.models.mirror}", markup=False)
     target = fork or out_dir
     values = settings.model_dump(mode="json")
     request = engine.Request(

@@ -369,9 +369,8 @@ def copy_file(source: RunPath, target: RunPath) -> None:
             shutil.copy2(source, target)
     elif isinstance(source, Path) and isinstance(target, S3Path):
         target.upload(source)
-    else:
-        make_folder(target.parent)
-        target.write_bytes(source.read_bytes())
+    elif isinstance(source, S3Path) and isinstance(target, Path):
+        source.download(target)
 
 
 def _stat(size: int, modified: float) -> Any:

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 if not os.environ.get("RAY_ADDRESS"):
@@ -29,6 +30,7 @@ from ipvg_ray.pipeline.ledger import Event, TryLedger, Who
 from ipvg_ray.pipeline.plan import Step, rows_ahead
 from ipvg_ray.pipeline.spot import Notice, Watch
 from ipvg_ray.pipeline.stage import Resources
+from ipvg_ray.pipeline.staging import node_age
 from ipvg_ray.pipeline.store import Store
 from ipvg_ray.pipeline.tickets import TicketFile, read_rows
 from ipvg_ray.pipeline.worker import Worker, WorkerSpec, WorkerStartError
@@ -100,12 +102,15 @@ class _AtDesk:
 
     def __init__(self, desk: Any) -> None:
         self.desk = desk
+        self.first = True
 
     def begin_setup(self, stage: str, who: Who) -> tuple[list[Who], int]:
         found: tuple[list[Who], int] = ray.get(self.desk.begin_setup.remote(stage, who))
         return found
 
     def begin(self, event: Event, who: Who) -> list[Who]:
+        if self.first:
+            event, self.first = replace(event, node_age=node_age()), False
         found: list[Who] = ray.get(self.desk.begin.remote(event, who))
         return found
 

@@ -37,7 +37,10 @@ class Who:
 
 @dataclass(frozen=True)
 class Event:
-    """What a worker tells of a batch: that it begins, with so many rows; or that it has ended, with what came of it."""
+    """What a worker tells of a batch: that it begins, with so many rows; or that it has ended, with what came of it.
+
+    `node_age` is told with a worker's first batch: seconds from its node's start until then.
+    """
 
     stage: str
     batch: str
@@ -46,6 +49,7 @@ class Event:
     done: int = 0
     failed: int = 0
     seconds: float = 0.0
+    node_age: float = 0.0
 
 
 class Ledger(Protocol):

@@ -27,7 +27,7 @@ _WINDOW = 60.0
 
 @dataclass
 class StageProgress:
-    """Live counts of one stage: rows."""
+    """Live counts of one stage: rows. `first_row` is the longest that a node was up before its first one began, s."""
 
     counts: Counts
     done: int = 0
@@ -36,6 +36,7 @@ class StageProgress:
     open: dict[str, int] = field(default_factory=dict)
     busy: float = 0.0
     history: list[tuple[float, int]] = field(default_factory=list)
+    first_row: float = 0.0
 
     @property
     def finished(self) -> int:
@@ -101,6 +102,7 @@ class Progress:
             stage.done += event.done
             stage.failed += event.failed
             stage.busy += event.seconds
+            stage.first_row = max(stage.first_row, event.node_age)
             if ended:
                 stage.history = [*stage.history[-500:], (now, ended)]
             if event.began > 0 and not stage.history:

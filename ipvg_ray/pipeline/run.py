@@ -188,6 +188,7 @@ def _tally(seen: shown.Progress, steps: Sequence[Step]) -> dict[str, dict[str, A
             "rows": seen.stages[step.name].done,
             "failed": seen.stages[step.name].failed,
             "busy_seconds": round(seen.stages[step.name].busy, 2),
+            "first_row_seconds": round(seen.stages[step.name].first_row, 1),
             "workers": step.stage.resources().max_workers,
         }
         for step in steps

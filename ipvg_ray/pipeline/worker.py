@@ -31,6 +31,7 @@ from ipvg_ray.pipeline.deaths import Death, LastWords, inquest
 from ipvg_ray.pipeline.ledger import Event, Ledger, Who
 from ipvg_ray.pipeline.plan import ATTEMPT, SAMPLES, Step
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
+from ipvg_ray.pipeline.staging import take_models
 from ipvg_ray.pipeline.store import FencedError, Store, batch_digest, failures_table, row_seed
 from ipvg_ray.pipeline.turns import Turns
 from ipvg_ray.secrets import redact
@@ -110,6 +111,7 @@ class Worker:
         if restarts > 2 * (self.spec.max_deaths + 1) * asks.max_workers * asks.concurrency:
             raise WorkerStartError(f"{name}'s workers died {restarts} times without one batch coming to an end")
         try:
+            take_models([self.stage])
             self.stage.setup(StageContext(device, asks.threads, self.store, str(self.store.run_dir)))
         except Exception as error:
             raise WorkerStartError(f"{name} cannot start: {error}") from error
