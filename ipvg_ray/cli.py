@@ -117,12 +117,17 @@ def plan(
 
 
 @app.command()
-def report(run_dir: RunDir) -> int:
+def report(
+    run_dir: RunDir,
+    links: Annotated[
+        float, typer.Option(help="Hours for which links to videos of a run in S3 open without credentials.")
+    ] = 0.0,
+) -> int:
     """Write <run>/report.html from the run's files, also while it is running."""
     from ipvg_ray.report.page import write_report
 
     tables.read_run(run_dir)
-    out.print(escape(f"report: {write_report(run_dir)}"))
+    out.print(escape(f"report: {write_report(run_dir, round(links * 3600))}"))
     return EXIT_OK
 
 

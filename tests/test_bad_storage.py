@@ -154,3 +154,15 @@ def test_a_run_on_ray_ends_complete_on_a_bad_store(faults: Faults, root: S3Path)
     assert json.loads((root / "run.json").read_text())["sessions"][-1]["outcome"] == "complete"
     assert tables.parts(root, "third")
     assert faults.counts["busy"] > 10
+
+
+def test_the_report_links_to_videos_with_links_that_open_where_asked(faults: Faults, root: S3Path) -> None:
+    from ipvg_ray.report.embed import Budget, clip
+
+    (root / "videos/a/b.mp4").write_bytes(b"film")
+    plain = clip(root, "videos/a/b.mp4", Budget(0))
+    assert plain.src == plain.link == "./videos/a/b.mp4"
+    signed = clip(root, "videos/a/b.mp4", Budget(0, 60))
+    assert signed.src == signed.link
+    assert urllib.request.urlopen(str(signed.link), timeout=10).read() == b"film"
+    assert clip(root, "../other/b.mp4", Budget(0, 60)).link is None, "nothing outside of the run is signed"

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from ipvg_ray.pipeline import progress as shown
 from ipvg_ray.pipeline.deaths import trace_folder
 from ipvg_ray.pipeline.lease import RunLockedError
+from ipvg_ray.pipeline.metrics import Meters
 from ipvg_ray.pipeline.plan import Step
 from ipvg_ray.pipeline.rundir import ChangedError, Freeze, Opened, Request, fork, now, opened, require_models
 from ipvg_ray.pipeline.runlog import RunLog, progress_of
@@ -113,11 +114,13 @@ def _execute(this: Opened, request: Request, seen: shown.Progress, terminal: Tex
 
     try:
         execute.connect()
+        meters = Meters(this.steps, str(this.store.run_dir))
         # Signals again: ray.init puts its own handlers in place.
         with _signals(this, request.grace_s, terminal), shown.Display(seen, terminal) as display:
 
             def on_events(events: Sequence[Any]) -> None:
                 seen.add(events)
+                meters.add(events, seen)
                 display.tick()
                 log.tick(seen)
 
