@@ -241,10 +241,10 @@ class S3Path:
             try:
                 return then(getattr(_client(os.getpid(), hasty), operation)(Bucket=self.bucket, **arguments))
             except ClientError as error:
-                if _code(error) in _EXPIRED and (pause is not None or hasty):
+                if _code(error) in _EXPIRED:
                     _forget_credentials()
-                    if not hasty:
-                        time.sleep(pause or 0)
+                    if pause is not None:
+                        time.sleep(pause)
                         continue
                 if _code(error) in _MISSING and operation != "put_object":
                     raise FileNotFoundError(f"{self}: {error}") from error

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
@@ -237,22 +236,3 @@ def costs(layout: Layout, places: Mapping[str, Kind], prices: Prices, head: str,
         low += number * hours * prices.of(name)
         high += number * hours * max(prices.of(other) for other in kinds[name].types)
     return low, high
-
-
-def as_json(loads: Sequence[Load], layout: Layout, seconds: float) -> dict[str, Any]:
-    """The estimate for machines."""
-    return {
-        "seconds": round(seconds, 1),
-        "bottleneck": layout.bottleneck,
-        "nodes": layout.nodes,
-        "stages": {
-            load.name: {
-                "rows": load.rows,
-                "seconds_a_row": load.rate.seconds,
-                "source": load.rate.source,
-                "gpu_hours": round(load.gpu_hours, 3),
-                "workers": layout.workers.get(load.name, 0),
-            }
-            for load in loads
-        },
-    }

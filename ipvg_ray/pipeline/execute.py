@@ -28,7 +28,7 @@ from ipvg_ray.pipeline.deaths import LastWords, keep_traces, oom_kills, trace_fo
 from ipvg_ray.pipeline.lead import bound_lead
 from ipvg_ray.pipeline.ledger import Event, TryLedger, Who
 from ipvg_ray.pipeline.plan import Step, rows_ahead
-from ipvg_ray.pipeline.spot import Notice, Watch
+from ipvg_ray.pipeline.spot import Notice, Watch, drain
 from ipvg_ray.pipeline.stage import Resources
 from ipvg_ray.pipeline.staging import node_age
 from ipvg_ray.pipeline.store import Store
@@ -346,23 +346,18 @@ class _StageActor:
         )
         keep_traces(spec.store.session_dir)
         last_words = LastWords(who.trace) if spec.store.is_open() else None
-        self.spot = Watch(lambda notice: _drain(desk, who.node, notice))
+
+        def noticed(notice: Notice) -> None:
+            desk.leaving.remote(who.node)
+            drain(who.node, notice)
+
+        self.spot = Watch(noticed)
         self.worker = Worker(spec, "cuda" if asks.gpus else "cpu", _AtDesk(desk), who, last_words)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         # Ray starts this actor again on another node, and gives it the batch that was not begun.
         with self.spot.batch(leave=lambda: os._exit(0)):
             return self.worker(batch)
-
-
-def _drain(desk: Any, node: str, notice: Notice) -> None:
-    """Tell Ray that a node will be taken away: it starts nothing there any more, and the autoscaler fetches another."""
-    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-
-    desk.leaving.remote(node)
-    gcs = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
-    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    gcs.drain_node(node, reason, f"taken away by {notice.cloud}", int(notice.deadline * 1000))
 
 
 @contextlib.contextmanager

@@ -88,7 +88,7 @@ class Watch:
         every: seconds between two looks.
     """
 
-    def __init__(self, on_notice: Callable[[Notice], None], address: str | None = None, every: float = EVERY) -> None:
+    def __init__(self, on_notice: Callable[[Notice], object], address: str | None = None, every: float = EVERY) -> None:
         self.noticed = threading.Event()
         self.on_notice = on_notice
         self.every = every
@@ -125,3 +125,16 @@ class Watch:
             with self.free:
                 self.working -= 1
                 self.free.notify_all()
+
+
+def drain(node: str, notice: Notice) -> None:
+    """Tell Ray that a node will be taken away: it starts nothing there any more, and the autoscaler fetches another.
+
+    By the call that Ray's own `drain-node` command makes; there is no public one (ray < 2.64).
+    """
+    import ray
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    gcs = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    gcs.drain_node(node, reason, f"taken away by {notice.cloud}", int(notice.deadline * 1000))
