@@ -33,6 +33,7 @@ from ipvg_ray import schema
 from ipvg_ray.config import PoolConfig
 from ipvg_ray.pipeline import execute
 from ipvg_ray.pipeline import run as engine
+from ipvg_ray.pipeline.desk import make_desk
 from ipvg_ray.pipeline.stage import Row, RowError, Stage
 from ipvg_ray.pipeline.tickets import write_tickets
 
@@ -123,7 +124,7 @@ def ours(rows: int, slow: float, folder: Path) -> Peaks:
     with engine.opened(asked, freeze_fake(rows, 1)) as this:
         tickets = {"first": write_tickets(this.store.tickets_dir, this.steps, 0, this.found)}
         with watched(asked.run_dir / "first", asked.run_dir / "second") as peaks:
-            execute.execute(this.steps, engine.specs(this, asked), tickets, lambda events: None, execute.make_desk())
+            execute.execute(this.steps, engine.specs(this, asked), tickets, lambda events: None, make_desk())
     return peaks
 
 

@@ -31,6 +31,7 @@ from light_stages import NAMES, STAGES, make_stages
 
 from ipvg_ray.pipeline import execute
 from ipvg_ray.pipeline import run as engine
+from ipvg_ray.pipeline.desk import make_desk
 from ipvg_ray.pipeline.stage import Stage
 from ipvg_ray.pipeline.store import Store
 from ipvg_ray.pipeline.tickets import write_tickets
@@ -97,7 +98,7 @@ def ours(rows: int, batch: int, written: bool) -> float:
             specs = engine.specs(this, asked)
             started = time.perf_counter()
             tickets = {NAMES[0]: write_tickets(this.store.tickets_dir, this.steps, 0, this.found)}
-            execute.execute(this.steps, specs, tickets, lambda events: None, execute.make_desk())
+            execute.execute(this.steps, specs, tickets, lambda events: None, make_desk())
             seconds = time.perf_counter() - started
             if written:
                 assert this.survey().counts[NAMES[-1]].done == rows

@@ -33,6 +33,7 @@ from ipvg_ray import schema
 from ipvg_ray.config import PoolConfig
 from ipvg_ray.pipeline import execute
 from ipvg_ray.pipeline import run as engine
+from ipvg_ray.pipeline.desk import make_desk
 from ipvg_ray.pipeline.estimate import Load, Rate
 from ipvg_ray.pipeline.nodes import one_machine
 from ipvg_ray.pipeline.simulate import Conditions, idle_share, simulate
@@ -92,7 +93,7 @@ def run(rows: int, scale: float, in_turn: bool) -> tuple[float, float]:
                 found = this.survey()
                 index = this.steps.index(group[0])
                 tickets = {group[0].name: write_tickets(this.store.tickets_dir, this.steps, index, found)}
-                execute.execute(group, specs, tickets, lambda events: None, execute.make_desk())
+                execute.execute(group, specs, tickets, lambda events: None, make_desk())
             assert this.survey().counts["evaluate"].done == rows
             return measure(this.store.session_dir / "journal", in_turn)  # type: ignore[arg-type]
 

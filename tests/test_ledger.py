@@ -28,7 +28,7 @@ def test_tries_that_never_ended_are_deaths_until_the_batch_ends() -> None:
     assert [w.process for w in ledger.begin(Event("s", "b"), who("2"))] == ["1"]
     assert [w.process for w in ledger.begin(Event("s", "b"), who("3"))] == ["1", "2"]
     assert ledger.begin(Event("s", "other"), who("3")) == []
-    ledger.end(Event("s", "b"), True)
+    ledger.end(Event("s", "b", ended=True, closed=True))
     assert ledger.begin(Event("s", "b"), who("4")) == []
 
 
@@ -53,7 +53,7 @@ def test_deaths_while_loading_are_counted_per_worker_and_forgiven_once_it_loads(
     assert ([w.process for w in died], restarts) == (["1", "2"], 2)
     ledger.end_setup("s", who("3"))
     assert ledger.begin_setup("s", who("4")) == ([], 3)
-    ledger.end(Event("s", "b"), True)
+    ledger.end(Event("s", "b", ended=True, closed=True))
     assert ledger.begin_setup("s", who("5"))[1] == 1, "a batch that ends shows that the stage can work"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 from pathlib import Path
@@ -25,7 +24,7 @@ from ipvg_ray.pipeline.lease import RunLockedError, lock
 from ipvg_ray.pipeline.ledger import Event, TryLedger
 from ipvg_ray.pipeline.plan import PlanError, make_steps
 from ipvg_ray.pipeline.status import status
-from ipvg_ray.pipeline.store import Store, batch_digest, new_session, row_seed
+from ipvg_ray.pipeline.store import Store, batch_digest, new_session, row_seeds
 from ipvg_ray.pipeline.survey import InconsistentRunError
 from ipvg_ray.pipeline.tickets import read_rows, write_tickets
 from ipvg_ray.storage import StorageError
@@ -264,7 +263,7 @@ def test_status_reads_a_run_without_touching_it(tmp_path: Path) -> None:
 
 
 def test_seeds_differ_by_run_row_and_stage() -> None:
-    seeds = {row_seed(run, key, stage) for run in (1, 2) for key in ("a", "b") for stage in ("x", "y")}
+    seeds = {seed for run in (1, 2) for stage in ("x", "y") for seed in row_seeds(run, ["a", "b"], stage)}
     assert len(seeds) == 8
     assert all(0 <= seed < 2**63 for seed in seeds)
 
@@ -313,8 +312,8 @@ def test_neighbours_of_a_row_that_kills_are_not_blamed_for_being_in_work_beside_
         ledger = TryLedger()
         for batch in (one, two):
             for _ in range(5):  # what five workers leave that died with both in work
-                event = Event("first", batch_digest(batch["identity_id"].to_pylist()))
-                ledger.begin(event, dataclasses.replace(this_process(), alone=False))
+                event = Event("first", batch_digest(batch["identity_id"].to_pylist()), alone=False)
+                ledger.begin(event, this_process())
         for _ in range(3):
             ledger.begin(Event("first", batch_digest(two["identity_id"].to_pylist())), this_process())
         worker = make_worker(this, asked, "first", ledger)

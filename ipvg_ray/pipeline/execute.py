@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 if not os.environ.get("RAY_ADDRESS"):
@@ -21,23 +18,21 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.data.exceptions import ExecutionTimeoutError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.deaths import LastWords, keep_traces, oom_kills, trace_folder
+from ipvg_ray.pipeline.desk import ledger_at, listening
 from ipvg_ray.pipeline.lead import bound_lead
-from ipvg_ray.pipeline.ledger import Event, TryLedger, Who
+from ipvg_ray.pipeline.ledger import Event, Who
 from ipvg_ray.pipeline.plan import Step, rows_ahead
 from ipvg_ray.pipeline.spot import Notice, Watch, drain
 from ipvg_ray.pipeline.stage import Resources
-from ipvg_ray.pipeline.staging import node_age
 from ipvg_ray.pipeline.store import Store
 from ipvg_ray.pipeline.tickets import TicketFile, read_rows
 from ipvg_ray.pipeline.worker import Worker, WorkerSpec, WorkerStartError
 from ipvg_ray.storage import StorageError
 
 READ_CPUS = 0.5
-_POLL_SECONDS = 0.5
 _START_TRIES = 4
 """Workers of a stage that may fail to start one after another before the run ends."""
 _WORDS = 10
@@ -63,62 +58,6 @@ _LOSSES = (
     ray.exceptions.OutOfMemoryError,
     ray.exceptions.RaySystemError,
 )
-
-
-@ray.remote(num_cpus=0)
-class _Desk(TryLedger):
-    """The ledger as an actor on the driver's node; it also keeps what it hears until the driver asks for it."""
-
-    def __init__(self) -> None:
-        super().__init__(_node_lost)
-        self.events: list[Event] = []
-        self.notices: set[str] = set()
-
-    def leaving(self, node: str) -> None:
-        self.notices.add(node)
-
-    def begin(self, event: Event, who: Who) -> list[Who]:
-        self.events.append(event)
-        return super().begin(event, who)
-
-    def end(self, event: Event, closed: bool) -> None:
-        self.events.append(event)
-        super().end(event, closed)
-
-    def lost(self) -> dict[str, int]:
-        return {"batches": self.lost_tries, "notices": len(self.notices)}
-
-    def take(self) -> list[Event]:
-        events, self.events = self.events, []
-        return events
-
-
-def _node_lost(node: str) -> bool:
-    return not any(n["NodeID"] == node and n["Alive"] for n in ray.nodes())
-
-
-class _AtDesk:
-    """The desk as workers on any node call it; see `ipvg_ray.pipeline.ledger.Ledger`."""
-
-    def __init__(self, desk: Any) -> None:
-        self.desk = desk
-        self.first = True
-
-    def begin_setup(self, stage: str, who: Who) -> tuple[list[Who], int]:
-        found: tuple[list[Who], int] = ray.get(self.desk.begin_setup.remote(stage, who))
-        return found
-
-    def begin(self, event: Event, who: Who) -> list[Who]:
-        if self.first:
-            event, self.first = replace(event, node_age=node_age()), False
-        found: list[Who] = ray.get(self.desk.begin.remote(event, who))
-        return found
-
-    def end_setup(self, stage: str, who: Who) -> None:
-        self.desk.end_setup.remote(stage, who)
-
-    def end(self, event: Event, closed: bool) -> None:
-        self.desk.end.remote(event, closed)
 
 
 class _Tickets(Datasource):
@@ -175,20 +114,6 @@ def connect() -> None:
         ray.init(address="local", include_dashboard=False, **quiet)
 
 
-def make_desk() -> Any:
-    """The desk that workers report to, for one run; it dies with the driver."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return _Desk.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-
-
-def lost(desk: Any) -> dict[str, int]:
-    """How many batches were in work on nodes that were lost, and how many nodes left after a notice."""
-    try:
-        return dict(ray.get(desk.lost.remote(), timeout=10))
-    except ray.exceptions.RayError:
-        return {}
-
-
 def execute(
     steps: Sequence[Step],
     specs: dict[str, WorkerSpec],
@@ -202,7 +127,7 @@ def execute(
         specs: per stage, how its workers are made.
         tickets: per stage, the rows that enter at it; stages without any may be left out.
         on_events: called about twice a second, in a thread of its own, with what the workers told.
-        desk: of `make_desk`.
+        desk: of `ipvg_ray.pipeline.desk.make_desk`.
 
     Raises:
         WorkerStartError: where a stage's workers cannot start.
@@ -221,7 +146,7 @@ def execute(
     dataset = _dataset(steps, specs, tickets, desk)
     if dataset is None:
         return
-    with _polling(desk, on_events):
+    with listening(desk, specs[steps[0].name].store, on_events):
         try:
             for _ in dataset.iter_internal_ref_bundles():
                 pass
@@ -352,37 +277,12 @@ class _StageActor:
             drain(who.node, notice)
 
         self.spot = Watch(noticed)
-        self.worker = Worker(spec, "cuda" if asks.gpus else "cpu", _AtDesk(desk), who, last_words)
+        self.worker = Worker(spec, "cuda" if asks.gpus else "cpu", ledger_at(desk, spec.store), who, last_words)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         # Ray starts this actor again on another node, and gives it the batch that was not begun.
         with self.spot.batch(leave=lambda: os._exit(0)):
             return self.worker(batch)
-
-
-@contextlib.contextmanager
-def _polling(desk: Any, on_events: Callable[[Sequence[Event]], None]) -> Iterator[None]:
-    stop = threading.Event()
-
-    def poll() -> None:
-        while not stop.wait(_POLL_SECONDS):
-            on_events(_take(desk))
-
-    thread = threading.Thread(target=poll, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join(timeout=10)
-        on_events(_take(desk))
-
-
-def _take(desk: Any) -> list[Event]:
-    try:
-        return list(ray.get(desk.take.remote(), timeout=10))
-    except ray.exceptions.RayError:
-        return []  # the counts on the screen lag; the run itself does not depend on them
 
 
 def _explained(error: BaseException) -> BaseException:

@@ -6,8 +6,9 @@ its worker down, unless the worker's whole node was lost: then nobody is to blam
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -39,13 +40,18 @@ class Who:
 class Event:
     """What a worker tells of a batch: that it begins, with so many rows; or that it has ended, with what came of it.
 
-    `node_age` is told with a worker's first batch: seconds from its node's start until then.
+    Attributes:
+        alone: of one that begins: whether no other batch is in work in the process.
+        closed: of one that has ended: whether its rows are on disk; else it was taken apart.
+        node_age: of a process's first: seconds from its node's start until then.
     """
 
     stage: str
     batch: str
     began: int = 0
+    alone: bool = True
     ended: bool = False
+    closed: bool = False
     done: int = 0
     failed: int = 0
     seconds: float = 0.0
@@ -72,8 +78,8 @@ class Ledger(Protocol):
         """Note ahead that a batch is begun; returns the workers that died in earlier tries of it."""
         ...
 
-    def end(self, event: Event, closed: bool) -> None:
-        """Note that a batch has ended and forget its tries: `closed`, its rows are on disk, else it is taken apart."""
+    def end(self, event: Event) -> None:
+        """Note that a batch has ended and forget its tries."""
         ...
 
 
@@ -85,7 +91,7 @@ class TryLedger:
         node_lost: whether a node, by its id, has left the cluster.
         tries: per stage and batch, the tries that have begun and not ended.
         loading: per stage, the processes that have begun to load and not told that they ended it.
-        started: workers that have started before.
+        processes: per worker, those that were started, in order.
         restarts: per stage, processes that took a dead one's place since a batch of the stage last ended.
         lost_tries: tries that were not held against their rows, because a node was lost.
     """
@@ -93,19 +99,24 @@ class TryLedger:
     node_lost: Callable[[str], bool] = lambda node: False
     tries: dict[tuple[str, str], list[Who]] = field(default_factory=dict)
     loading: dict[str, list[Who]] = field(default_factory=lambda: defaultdict(list))
-    started: dict[str, Who] = field(default_factory=dict)
+    processes: dict[str, list[Who]] = field(default_factory=lambda: defaultdict(list))
     restarts: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     lost_tries: int = 0
 
     def begin_setup(self, stage: str, who: Who) -> tuple[list[Who], int]:
         """See `Ledger`. A worker that starts again has died before, while it loaded or after it."""
-        before = self.started.get(who.worker)
-        if before is not None and not self.node_lost(before.node):
+        before = self.processes[who.worker]
+        if before and not self.node_lost(before[-1].node):
             self.restarts[stage] += 1
-        self.started[who.worker] = who
+        before.append(who)
         died = [w for w in self.loading[stage] if w.worker == who.worker and not self.node_lost(w.node)]
         self.loading[stage] = [w for w in self.loading[stage] if w.worker != who.worker] + [*died, who]
         return died, self.restarts[stage]
+
+    def predecessors(self, who: Who) -> tuple[list[Who], set[str]]:
+        """The processes whose place a process takes, in order, and those of their nodes that are lost."""
+        before = [w for w in self.processes[who.worker] if w.process != who.process]
+        return before, {w.node for w in before if self.node_lost(w.node)}
 
     def end_setup(self, stage: str, who: Who) -> None:
         """See `Ledger`."""
@@ -117,11 +128,27 @@ class TryLedger:
         earlier = [w for w in self.tries.get(batch, []) if w.process != who.process]
         died = [w for w in earlier if not self.node_lost(w.node)]
         self.lost_tries += len(earlier) - len(died)
-        self.tries[batch] = [*died, who]
+        self.tries[batch] = [*died, dataclasses.replace(who, alone=event.alone)]
         return died
 
-    def end(self, event: Event, closed: bool) -> None:
+    def end(self, event: Event) -> None:
         """See `Ledger`."""
         self.tries.pop((event.stage, event.batch), None)
-        if closed:
-            self.restarts[event.stage] = 0
+        if event.closed:
+            self.worked([event.stage])
+
+    def worked(self, stages: Sequence[str]) -> None:
+        """Note that batches of these stages came to an end."""
+        for stage in stages:
+            self.restarts[stage] = 0
+
+    def lose(self, tries: int) -> None:
+        """Note tries that ended with their node."""
+        self.lost_tries += tries
+
+    def take_in(self, event: Event, who: Who) -> None:
+        """Note what a process had told."""
+        if event.ended:
+            self.end(event)
+        else:
+            self.begin(event, who)

@@ -20,7 +20,7 @@ from ipvg_ray.pipeline.stage import Row, RowError, StageContext
 from ipvg_ray.pipeline.store import Store
 from ipvg_ray.pipeline.survey import survey
 from ipvg_ray.pipeline.tickets import read_rows, write_tickets
-from ipvg_ray.pipeline.worker import rows_of
+from ipvg_ray.pipeline.worker import rows_of, with_seeds
 
 
 class ReplayError(UserError):
@@ -69,7 +69,7 @@ def replay(request: Request, key: str, media: Path, device: str) -> Row | RowErr
     with TemporaryDirectory() as folder:
         batch = next(read_rows(write_tickets(Path(folder), steps, len(steps) - 1, one), 0, 1, 1))
     step.stage.setup(StageContext(device, step.stage.resources().threads, FolderMedia(media), str(request.run_dir)))
-    (result,) = step.stage.process(rows_of(batch, step.stage, request.seed))
+    (result,) = step.stage.process(rows_of(with_seeds(batch, step.stage, request.seed), step.stage))
     return result
 
 

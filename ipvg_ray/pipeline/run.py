@@ -138,6 +138,7 @@ def _execute_once(
 ) -> None:
     """Do what is missing, in as many executions as the machine needs."""
     from ipvg_ray.pipeline import execute, space
+    from ipvg_ray.pipeline.desk import lost, make_desk
 
     first = next((i for i, step in enumerate(this.steps) if len(this.found.entry[step.name])), len(this.steps))
     for number, group in enumerate(space.phases(this.steps[first:], request.in_turn, say)):
@@ -151,11 +152,11 @@ def _execute_once(
             if step.name in names and len(found.entry[step.name])
         }
         # A ledger for each: what broke off before says nothing of the rows that were in work then.
-        desk = execute.make_desk()
+        desk = make_desk()
         try:
             execute.execute(group, specs(this, request), tickets, on_events, desk)
         finally:
-            seen.lost.update(execute.lost(desk))
+            seen.lost.update(lost(desk))
 
 
 def _go_on_after_losses(

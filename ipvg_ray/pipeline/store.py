@@ -6,7 +6,7 @@
     <run>/failures/part-*.parquet       rows that could not be finished
     <run>/videos/<identity>/<prompt>.mp4
     <run>/_engine/lock                  held by the process that runs
-    <run>/_engine/<session>/            one folder per session: tmp, journal, tickets, traces
+    <run>/_engine/<session>/            one folder per session: tmp, journal, tickets, traces, tries
 
 On disk every file is first written into its session's `tmp` folder and then renamed to its place. A new session removes
 the `tmp` folders of all earlier ones before it looks at what is finished: from then on no rename of a worker that
@@ -40,6 +40,8 @@ from ipvg_ray.media.names import safe_name
 from ipvg_ray.storage import RunPath, StorageError, folders, make_folder, parquet, remove_folder
 
 ENGINE = "_engine"
+TRIES = "tries"
+"""Folder of a session in which its processes note their tries; see `ipvg_ray.pipeline.desk`."""
 FINGERPRINT = b"ipvg_ray.fingerprint"
 MERGED = "merged"
 """In the names of parts that stand for several; their metadata lists them under `MERGED_FROM`."""
@@ -60,10 +62,15 @@ def batch_digest(keys: Sequence[str]) -> str:
     return hashlib.blake2b("\n".join(keys).encode(), digest_size=10).hexdigest()
 
 
-def row_seed(run_seed: int, key: str, stage: str) -> int:
-    """A row's own seed in [0, 2^63), independent of order, batch, pool and resume."""
-    digest = hashlib.blake2b(f"{run_seed}\0{stage}\0{key}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+def row_seeds(run_seed: int, keys: Sequence[str], stage: str) -> list[int]:
+    """The rows' own seeds in [0, 2^63), independent of order, batch, pool and resume."""
+    begun = hashlib.blake2b(f"{run_seed}\0{stage}\0".encode(), digest_size=8)
+    seeds = []
+    for key in keys:
+        digest = begun.copy()
+        digest.update(key.encode())
+        seeds.append(int.from_bytes(digest.digest(), "big") >> 1)
+    return seeds
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Store:
                 remove_folder(old)
             elif name != self.session:
                 _close(old)
-        for folder in ("tmp", "apart", "journal", "tickets", "traces"):
+        for folder in ("tmp", "apart", "journal", "tickets", "traces", TRIES):
             make_folder(self.session_dir / folder)
         if not isinstance(self.run_dir, Path):
             (self.session_dir / "tmp" / "open").touch()
@@ -223,7 +230,7 @@ def _close(session_dir: RunPath) -> None:
     """Fence a session off and remove what served only while it lasted."""
     _fence(session_dir / "tmp")
     for name in folders(session_dir):
-        if name in ("apart", "traces", "tickets") or name.startswith("fenced-"):
+        if name in ("apart", "traces", "tickets", TRIES) or name.startswith("fenced-"):
             remove_folder(session_dir / name)
 
 

@@ -10,7 +10,6 @@ What holds for every batch, whatever dies in between:
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import threading
@@ -31,11 +30,13 @@ from ipvg_ray.pipeline.deaths import Death, LastWords, inquest
 from ipvg_ray.pipeline.ledger import Event, Ledger, Who
 from ipvg_ray.pipeline.plan import ATTEMPT, SAMPLES, Step
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
-from ipvg_ray.pipeline.staging import take_models
-from ipvg_ray.pipeline.store import FencedError, Store, batch_digest, failures_table, row_seed
+from ipvg_ray.pipeline.staging import node_age, take_models
+from ipvg_ray.pipeline.store import FencedError, Store, batch_digest, failures_table, row_seeds
 from ipvg_ray.pipeline.turns import Turns
 from ipvg_ray.secrets import redact
 from ipvg_ray.storage import StorageError
+
+_KEYS = ("identity_id", "sample_id", "prompt_id")
 
 
 class WorkerStartError(UserError):
@@ -90,6 +91,7 @@ class Worker:
         self.store = spec.store
         self.ledger = ledger
         self.who = who
+        self.fresh = True
         self.last_words = last_words
         self.turns = Turns() if spec.step.stage.resources().concurrency > 1 else None
         self.stored = tables.stored_schema(self.step.table)
@@ -141,8 +143,8 @@ class Worker:
         return self._tried(batch, keys, digest, died, mates)
 
     def _begin(self, digest: str, rows: int, alone: bool) -> list[Who]:
-        who = dataclasses.replace(self.who, alone=alone)
-        return self.ledger.begin(Event(self.stage.name, digest, began=rows), who)
+        age, self.fresh = node_age() if self.fresh else 0.0, False
+        return self.ledger.begin(Event(self.stage.name, digest, began=rows, alone=alone, node_age=age), self.who)
 
     def _failed_before(self, digest: str) -> set[str]:
         try:
@@ -161,24 +163,25 @@ class Worker:
             return outcome.finished
         # Delivered again, for whatever reason, it must be taken apart again and read back row by row.
         self.store.take_apart(self.stage.name, digest)
-        self.ledger.end(Event(self.stage.name, digest, ended=True), False)
+        self.ledger.end(Event(self.stage.name, digest, ended=True))
         alone = [self._checkpointed(batch.slice(i, 1), [key], len(keys) - 1) for i, key in enumerate(keys)]
         return pa.concat_tables(table.replace_schema_metadata() for table in alone)
 
     def _outcome(self, batch: pa.Table, digest: str, died: list[Who], mates: int) -> Outcome | None:
         """Try the batch; None where its rows must be tried alone, because it raised."""
-        rows = rows_of(batch, self.stage, self.spec.run_seed)
         with self._turn(digest, died):
             guilty = [who for who in died if who.alone]
             if len(guilty) >= self.spec.max_deaths:
-                return Outcome(self.stored.empty_table(), [self._set_aside(rows[0], guilty, mates)])
+                return Outcome(self.stored.empty_table(), [self._set_aside(batch, guilty, mates)])
             try:
-                return self._judge(rows, *self._process(rows))
+                seeded = with_seeds(batch, self.stage, self.spec.run_seed)
+                return self._judge(seeded, *self._process(rows_of(seeded, self.stage)))
             except (StorageError, FencedError):
                 raise  # the run's place cannot be written, which is no row's fault
             except Exception as error:  # a model may raise anything; the traceback is kept with the row
                 self._leave_if_broken(error)
-                return None if len(rows) > 1 else Outcome(self.stored.empty_table(), [self._failure(rows[0], error)])
+                alone = batch.num_rows == 1
+                return Outcome(self.stored.empty_table(), [self._failure(batch, 0, error)]) if alone else None
 
     @contextlib.contextmanager
     def _turn(self, digest: str, died: list[Who]) -> Iterator[None]:
@@ -199,11 +202,13 @@ class Worker:
         self.store.publish_table(self.stage.name, digest, outcome.finished, self.spec.fingerprint)
         done, failed = outcome.finished.num_rows, len(outcome.failures)
         self.journal.note("end", keys, done=done, failed=failed, seconds=round(seconds, 4))
-        self.ledger.end(Event(self.stage.name, digest, done=done, failed=failed, seconds=seconds, ended=True), True)
+        ended = Event(self.stage.name, digest, ended=True, closed=True, done=done, failed=failed, seconds=seconds)
+        self.ledger.end(ended)
 
     def _process(self, rows: list[Row]) -> tuple[Sequence[Row | RowError], float]:
         """What the stage makes of the rows, and the seconds it took."""
-        self.journal.note("begin", [row[self.step.key] for row in rows])
+        key = self.step.key
+        self.journal.note("begin", [row[key] for row in rows])
         started = time.perf_counter()
         limit = self.stage.resources().time_limit_s * len(rows)
         with self.last_words.time_limit(limit) if self.last_words else contextlib.nullcontext():
@@ -212,8 +217,8 @@ class Worker:
             raise TypeError(f"{self.stage.name}.process got {len(rows)} rows and gave {len(results)} back")
         return results, time.perf_counter() - started
 
-    def _set_aside(self, row: Row, died: list[Who], mates: int) -> dict[str, Any]:
-        """The failure of a row that took its worker down too often, with all that is known of how."""
+    def _set_aside(self, batch: pa.Table, died: list[Who], mates: int) -> dict[str, Any]:
+        """The failure of a batch's only row, which took its worker down too often, with all that is known of how."""
         deaths = [self._inquest(who) for who in died]
         last = next((death for death in reversed(deaths) if death.stack), deaths[-1])
         cleared = f"; the {mates} rows it came with are run without it" if mates else ""
@@ -223,29 +228,29 @@ class Worker:
         else:
             why = f"processing this row ended its worker process {len(died)} times ({last.words}){cleared}; "
             error = RowError("worker_died", f"{why}it is set aside")
-        return self._failure(row, error) | {"traceback": last.stack or None}
+        return self._failure(batch, 0, error) | {"traceback": last.stack or None}
 
     def _inquest(self, who: Who) -> Death:
         return inquest(who, self.who.host, self.store.session_dir / "traces")
 
-    def _judge(self, rows: list[Row], results: Sequence[Row | RowError], seconds: float) -> Outcome:
+    def _judge(self, batch: pa.Table, results: Sequence[Row | RowError], seconds: float) -> Outcome:
         """Part results from failures, and check the results against the schema while it is known whose they are."""
-        failures = [self._failure(row, r) for row, r in zip(rows, results, strict=True) if isinstance(r, RowError)]
-        good = [(row, r) for row, r in zip(rows, results, strict=True) if not isinstance(r, RowError)]
+        failures = [self._failure(batch, i, r) for i, r in enumerate(results) if isinstance(r, RowError)]
+        share = seconds / batch.num_rows
+        if failures:
+            batch = batch.take([i for i, result in enumerate(results) if not isinstance(result, RowError)])
+            results = [result for result in results if not isinstance(result, RowError)]
         columns = self.step.table.columns
-        added = pa.schema(list(columns.values()))
-        if not all(result.keys() <= columns.keys() for _, result in good):
-            unknown = sorted({c for _, result in good for c in result.keys() - columns.keys()})
-            raise TypeError(f"{self.stage.name}.process gave {', '.join(unknown)}, which its schema does not have")
-        table = pa.Table.from_pylist([result for _, result in good], schema=added)
-        if missing := [c for c, f in columns.items() if not f.nullable and table[c].null_count]:
+        if unknown := set().union(*results) - columns.keys():  # type: ignore[arg-type]
+            gave = ", ".join(sorted(unknown))
+            raise TypeError(f"{self.stage.name}.process gave {gave}, which its schema does not have")
+        added = pa.Table.from_pylist(results, schema=pa.schema(list(columns.values())))
+        if missing := [c for c, f in columns.items() if not f.nullable and added[c].null_count]:
             raise TypeError(f"{self.stage.name}.process left out {', '.join(missing)}")
-        for name in self.stored.names:
-            if name not in table.column_names:
-                share = seconds / len(rows)
-                values = [share if name == "seconds" else row[name] for row, _ in good]
-                table = table.append_column(name, pa.array(values, self.stored.field(name).type))
-        return Outcome(table.select(self.stored.names).cast(self.stored), failures)
+        values = {"seconds": pa.array([share] * len(results), pa.float64())}
+        values |= {name: batch[name] for name in batch.column_names} | {name: added[name] for name in columns}
+        finished = pa.table([values[name] for name in self.stored.names], names=self.stored.names)
+        return Outcome(finished.cast(self.stored), failures)
 
     def _leave_if_broken(self, error: BaseException) -> None:
         """End this process where its CUDA context is lost: every later row would fail in it. Counts as a death."""
@@ -260,8 +265,9 @@ class Worker:
 
     def _leaving(self, batch: pa.Table, finished: pa.Table) -> pa.Table:
         """Rows for the next stage: what it and its successors need, one per sample where the grain changes."""
-        places = pc.index_in(finished[self.step.key], value_set=batch[self.step.key].combine_chunks())
-        passed = batch.take(places)
+        keys = batch[self.step.key]
+        whole = finished[self.step.key].equals(keys)
+        passed = batch if whole else batch.take(pc.index_in(finished[self.step.key], value_set=keys.combine_chunks()))
         columns: dict[str, Any] = {name: passed[name] for name in passed.column_names}
         columns[ATTEMPT] = pa.array([1] * passed.num_rows, pa.int32())
         columns |= {name: finished[name] for name in self.step.leaving.names if name in self.step.table.columns}
@@ -269,7 +275,9 @@ class Worker:
         table = table.cast(self.step.leaving)
         return explode(table, self.step.passing) if self.step.explodes else table
 
-    def _failure(self, row: Row, error: BaseException) -> dict[str, Any]:
+    def _failure(self, batch: pa.Table, place: int, error: BaseException) -> dict[str, Any]:
+        """A row of the failures table, of the row at `place` of a batch."""
+        (row,) = batch.slice(place, 1).select([n for n in (*_KEYS, ATTEMPT) if n in batch.column_names]).to_pylist()
         known = isinstance(error, RowError)
         trace = "".join(traceback.format_exception(error))
         return {
@@ -307,13 +315,17 @@ def _text(words: str) -> str:
     return redact(words.encode("utf-8", "replace").decode())
 
 
-def rows_of(batch: pa.Table, stage: Stage, run_seed: int) -> list[Row]:
-    """The rows as `stage.process` wants them: keys, needed columns, how often each was tried, and each one's seed."""
-    keys = [name for name in ("identity_id", "sample_id", "prompt_id") if name in batch.column_names]
-    columns = [name for name in batch.column_names if name in stage.needs and name not in keys]
-    rows: list[Row] = batch.select([*keys, *columns, ATTEMPT]).to_pylist()
-    for row in rows:
-        row["seed"] = row_seed(run_seed, row.get("sample_id") or row["identity_id"], stage.name)
+def with_seeds(batch: pa.Table, stage: Stage, run_seed: int) -> pa.Table:
+    """A batch with each row's own seed for a stage."""
+    key = "sample_id" if "sample_id" in batch.column_names else "identity_id"
+    seeds = row_seeds(run_seed, batch[key].to_pylist(), stage.name)
+    return batch.append_column("seed", pa.array(seeds, pa.int64()))
+
+
+def rows_of(seeded: pa.Table, stage: Stage) -> list[Row]:
+    """The rows as `stage.process` wants them: keys, needed columns and seed."""
+    wanted = {*_KEYS, *stage.needs, "seed"}
+    rows: list[Row] = seeded.select([name for name in seeded.column_names if name in wanted]).to_pylist()
     return rows
 
 
