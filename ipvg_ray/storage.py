@@ -403,7 +403,13 @@ def _client(process: int, hasty: bool = False) -> Any:
 
     retries: Any = {"mode": "standard", "total_max_attempts": 2 if hasty else _ATTEMPTS}
     seconds = _TIMEOUTS[hasty]
-    config = Config(retries=retries, connect_timeout=seconds[0], read_timeout=seconds[1], max_pool_connections=32)
+    config = Config(
+        retries=retries,
+        connect_timeout=seconds[0],
+        read_timeout=seconds[1],
+        max_pool_connections=32,
+        signature_version="s3v4",  # else links would be signed in the old way, which newer regions refuse
+    )
     return boto3.session.Session().client("s3", config=config)
 
 
