@@ -97,6 +97,8 @@ def pack(arguments: list[str], folder: Path) -> Job:
     source = given["source"]
     if source and "://" not in source and not Path(source).is_absolute():
         raise SubmitError(f"{source}: name the identity set as the cluster sees it, s3://… or an absolute path")
+    if source and given["profile"] is None:
+        arguments = [*arguments, "--profile", "gpu"]  # the head has no GPU, and would take the miniatures
     settings = config.load(given["profile"] or "gpu", file=given["file"], overrides=given["overrides"])
     package = Path(ipvg_ray.__file__).parent
     _copy(package, folder / "ipvg_ray")

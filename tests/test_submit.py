@@ -29,6 +29,8 @@ def test_a_job_carries_this_code_and_its_configuration_and_nothing_else(tmp_path
     options = ["--out", "s3://bucket/runs/one", "--profile", "gpu", "-c", "config.yaml", "-s", "seed=3"]
     assert job.command == ["python", "-m", "ipvg_ray", "run", "s3://bucket/ids", *options]
     assert (job.run_dir, job.grace_s) == ("s3://bucket/runs/one", 7)
+    (tmp_path / "other").mkdir()
+    assert pack(RUN[:3], tmp_path / "other").command[-2:] == ["--profile", "gpu"], "the head itself has no GPU"
     assert {p.name for p in folder.iterdir()} == {"ipvg_ray", "config.yaml"}
     assert not list(folder.rglob("*.pyc"))
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 5_000_000
