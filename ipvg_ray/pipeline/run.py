@@ -67,9 +67,9 @@ def run(request: Request, freeze: Freeze) -> Result:
         this.store.write_run(this.run)
         result = Result(counts, this.run["dataset"]["problems"], 0.0)
         words, log = trace_folder(this.store.session_dir).with_name("ray.log"), RunLog(this.store.session_dir)
-        log.note("start", run=str(this.store.run_dir), stages=progress_of(seen))
         try:
             if any(len(rows) for rows in this.found.entry.values()):
+                log.note("start", run=str(this.store.run_dir), stages=progress_of(seen))
                 with shown.own_terminal(words) as terminal, _signals(this, request.grace_s, terminal):
                     _execute(this, request, seen, terminal, log)
             result.outcome = "interrupted" if this.stopping else "complete"
@@ -89,7 +89,8 @@ def run(request: Request, freeze: Freeze) -> Result:
             session["stages"] = result.stages
             if seen.lost.total():
                 session["lost"] = dict(seen.lost)
-            log.note("end", outcome=result.outcome, seconds=session["seconds"], stages=progress_of(seen))
+            if log.file.is_file():  # a start that had something to do
+                log.note("end", outcome=result.outcome, seconds=session["seconds"], stages=progress_of(seen))
             if not this.lost:
                 this.store.write_run(this.run)
                 log.close()
