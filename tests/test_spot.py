@@ -84,27 +84,45 @@ def test_a_notice_is_heard(kind: str) -> None:
 
 def test_elsewhere_nobody_is_asked_again() -> None:
     assert Metadata("http://127.0.0.1:9", timeout=0.5).cloud() is None
-    watch = Watch(lambda notice: None, "off")
+    watch = Watch(pytest.fail, pytest.fail, "off")
     assert not [t for t in threading.enumerate() if t.name == "spot"]
-    with watch.batch(leave=pytest.fail):
+    with watch.batch():
         pass
 
 
-def test_a_worker_leaves_between_batches_and_only_when_none_is_in_work() -> None:
+def test_a_worker_leaves_when_no_batch_is_in_work_and_begins_none_meanwhile() -> None:
     heard: list[Notice] = []
+    begun: list[str] = []
     left = threading.Event()
+
+    def late() -> None:
+        with watch.batch():
+            begun.append("late")
+
     with metadata("aws") as (cloud, address):
-        watch = Watch(heard.append, address, every=0.05)
-        with watch.batch(leave=left.set):
+        watch = Watch(heard.append, left.set, address, every=0.05)
+        with watch.batch():
             cloud.taken = True
-            assert watch.noticed.wait(5)
-            late = threading.Thread(target=lambda: watch.batch(leave=left.set).__enter__())
-            late.start()
-            time.sleep(0.2)
-            assert not left.is_set(), "another batch is still in work"
+            while not watch.leaving:
+                time.sleep(0.01)
+            threading.Thread(target=late, daemon=True).start()
+            assert not left.wait(1.5), "a batch is still in work"
         assert left.wait(5)
-        late.join()
     assert len(heard) == 1
+    assert begun == [], "what came late is for another process"
+
+
+def test_a_node_that_cannot_be_drained_works_on() -> None:
+    def refused(notice: Notice) -> None:
+        raise RuntimeError("no")
+
+    with metadata("gcp") as (cloud, address):
+        cloud.taken = True
+        watch = Watch(refused, pytest.fail, address, every=0.05)
+        time.sleep(0.3)
+        with watch.batch():
+            pass
+    assert not watch.leaving
 
 
 CLUSTER = """

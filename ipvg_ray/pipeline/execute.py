@@ -276,12 +276,12 @@ class _StageActor:
             desk.leaving.remote(who.node)
             drain(who.node, notice)
 
-        self.spot = Watch(noticed)
+        # Ray starts this actor again on another node, and gives it what was not begun.
+        self.spot = Watch(noticed, leave=lambda: os._exit(0))
         self.worker = Worker(spec, "cuda" if asks.gpus else "cpu", ledger_at(desk, spec.store), who, last_words)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        # Ray starts this actor again on another node, and gives it the batch that was not begun.
-        with self.spot.batch(leave=lambda: os._exit(0)):
+        with self.spot.batch():
             return self.worker(batch)
 
 

@@ -2,16 +2,16 @@
 
 AWS gives two minutes' notice, Google Cloud half a minute; both tell it at a metadata address that only the node itself
 can reach. A node with a notice takes no new work: Ray is told to drain it, so that nothing is started there and the
-autoscaler fetches another; workers finish the rows they have begun, and end before they begin others.
+autoscaler fetches another; workers finish the batches they have begun, and end.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +23,9 @@ ADDRESS = "http://169.254.169.254"
 EVERY = 5.0
 """Seconds between two looks, as AWS recommends."""
 _GOOGLE_S = 30.0
+_PARTING = 1.0
+"""Seconds in which the answer to the last batch gets on its way, before the process ends."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,20 +83,29 @@ class Metadata:
 
 
 class Watch:
-    """Looks for a notice in a thread of its own, where this node belongs to a cloud that gives any.
+    """Looks for a notice in a thread of its own, where this node belongs to a cloud that gives any; and has the process
+    leave when one was given.
 
     Args:
-        on_notice: called once, in that thread.
+        on_notice: called once, in that thread. Where it raises, the process stays, and is lost with its node.
+        leave: called after it, when no batch is in work; to end the process.
         address: of the metadata; None for the environment's, which may turn the watch off.
         every: seconds between two looks.
     """
 
-    def __init__(self, on_notice: Callable[[Notice], object], address: str | None = None, every: float = EVERY) -> None:
-        self.noticed = threading.Event()
+    def __init__(
+        self,
+        on_notice: Callable[[Notice], object],
+        leave: Callable[[], object],
+        address: str | None = None,
+        every: float = EVERY,
+    ) -> None:
         self.on_notice = on_notice
+        self.leave = leave
         self.every = every
+        self.leaving = False
         self.working = 0
-        self.free = threading.Condition()
+        self.changed = threading.Condition()
         if address is None:
             address = os.environ.get("IPVG_RAY_METADATA", ADDRESS)
             off = os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true" and address == ADDRESS
@@ -102,29 +114,34 @@ class Watch:
             threading.Thread(target=self._look, args=(Metadata(address),), name="spot", daemon=True).start()
 
     def _look(self, metadata: Metadata) -> None:
-        cloud = metadata.cloud()
-        while cloud is not None and not self.noticed.is_set():
-            notice = metadata.notice(cloud)
-            if notice is not None:
-                self.noticed.set()
-                self.on_notice(notice)
-                return
+        cloud, notice = metadata.cloud(), None
+        while cloud is not None and (notice := metadata.notice(cloud)) is None:
             time.sleep(self.every)
+        if notice is None:
+            return
+        try:
+            self.on_notice(notice)
+        except Exception as error:
+            _log.warning("this node will be taken away, and cannot be left in good order: %s", error)
+            return
+        with self.changed:
+            self.leaving = True
+            self.changed.wait_for(lambda: self.working == 0)
+        time.sleep(_PARTING)
+        self.leave()
 
     @contextmanager
-    def batch(self, leave: Callable[[], None]) -> Iterator[None]:
-        """Around a batch: once there was a notice, `leave` is called instead, when no other batch is in work."""
-        with self.free:
-            if self.noticed.is_set():
-                self.free.wait_for(lambda: self.working == 0)
-                leave()
+    def batch(self) -> Iterator[None]:
+        """Around a batch. One that comes when the process is about to leave waits until Ray gives it to another."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.leaving)
             self.working += 1
         try:
             yield
         finally:
-            with self.free:
+            with self.changed:
                 self.working -= 1
-                self.free.notify_all()
+                self.changed.notify_all()
 
 
 def drain(node: str, notice: Notice) -> None:
