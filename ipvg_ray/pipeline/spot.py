@@ -150,8 +150,8 @@ def drain(node: str, notice: Notice) -> None:
     By the call that Ray's own `drain-node` command makes; there is no public one (ray < 2.64).
     """
     import ray
-    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined] # made at run time
 
-    gcs = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)
+    gcs = ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)  # type: ignore[attr-defined]
     reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     gcs.drain_node(node, reason, f"taken away by {notice.cloud}", int(notice.deadline * 1000))
