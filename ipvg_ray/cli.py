@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ipvg_ray import __version__, cli_evaluate, cli_hyperlora, cli_models, config, tables
+from ipvg_ray import __version__, cli_estimate, cli_evaluate, cli_hyperlora, cli_models, cli_submit, config, tables
 from ipvg_ray.cli_options import (
     EXIT_ERROR,
     EXIT_INTERRUPTED,
@@ -27,6 +27,7 @@ from ipvg_ray.cli_options import (
     out,
 )
 from ipvg_ray.errors import UserError
+from ipvg_ray.secrets import redact
 from ipvg_ray.storage import RunPath, run_path
 
 HELP = "Turn a set of faces and prompts into identity-preserving videos; resumable, on a laptop or a cluster."
@@ -36,6 +37,8 @@ app.add_typer(cli_models.app, name="models")
 app.add_typer(cli_hyperlora.app, name="hyperlora")
 app.add_typer(dataset_app, name="dataset")
 cli_evaluate.register(app)
+app.command()(cli_estimate.simulate)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(cli_submit.submit)
 
 Input = Annotated[str | None, typer.Argument(help="Identity set: folder, file or s3:// URI. Leave out to resume.")]
 Run = Annotated[
@@ -63,10 +66,13 @@ def run(
 ) -> int:
     """Turn an identity set into videos; on an existing run directory, do only what is missing."""
     from ipvg_ray.pipeline import run as engine
+    from ipvg_ray.pipeline.staging import take_models
     from ipvg_ray.stages import make_stages
 
     settings = _settings(out_dir, source, profile, file, overrides, strict)
     stages = make_stages(settings, until)
+    for name in take_models(stages):
+        out.print(f"took {name} from {settings.models.mirror}", markup=False)
     target = fork or out_dir
     values = settings.model_dump(mode="json")
     request = engine.Request(
@@ -89,8 +95,13 @@ def plan(
     overrides: Set = [],  # noqa: B006
     until: Until = None,
     strict: bool = False,
+    cluster: cli_estimate.Cluster = None,
+    prices: cli_estimate.PriceFile = None,
+    gpus: cli_estimate.Gpus = None,
+    rates: cli_estimate.Rates = [],  # noqa: B006
 ) -> int:
-    """Show what a run would do: stages, pools, what each asks for, rows to do. Reads the identity set, runs nothing."""
+    """Show what a run would do: stages, pools, rows to do; with a cluster or GPUs named also hours, nodes and cost.
+    Reads the identity set, runs nothing."""
     from ipvg_ray.pipeline import run as engine
     from ipvg_ray.stages import make_stages
 
@@ -99,16 +110,26 @@ def plan(
     request = engine.Request(out_dir, settings.model_dump(mode="json"), settings.seed, stages)
     with engine.opened(request, _freezer(settings)) as this:
         _print_plan(settings, this)
+        counts = this.found.counts
+    if cluster or prices or gpus or rates:
+        around = cli_estimate.Around([out_dir, *rates], cluster, prices, gpus)
+        waiting = {name: count.waiting for name, count in counts.items()}
+        cli_estimate.show(stages, waiting, list(counts.values())[-1].waiting, around)
     return EXIT_OK
 
 
 @app.command()
-def report(run_dir: RunDir) -> int:
+def report(
+    run_dir: RunDir,
+    links: Annotated[
+        float, typer.Option(help="Hours for which links to videos of a run in S3 open without credentials.")
+    ] = 0.0,
+) -> int:
     """Write <run>/report.html from the run's files, also while it is running."""
     from ipvg_ray.report.page import write_report
 
     tables.read_run(run_dir)
-    out.print(escape(f"report: {write_report(run_dir)}"))
+    out.print(escape(f"report: {write_report(run_dir, round(links * 3600))}"))
     return EXIT_OK
 
 
@@ -304,6 +325,7 @@ def _print_plan(settings: config.Config, this: Any) -> None:
         wants = f"{asks.cpus:g} CPU" + (f", {asks.gpus:g} GPU" if asks.gpus else "")
         wants += f" {asks.accelerator_type}" if asks.accelerator_type else ""
         wants += f", {asks.memory_gb:g} GiB" if asks.memory_gb else ""
+        wants += "".join(f", {key}={value}" for key, value in asks.label_selector.items())
         workers = str(asks.min_workers) + (f"-{asks.max_workers}" if asks.max_workers > asks.min_workers else "")
         numbers = (counts.done, counts.failed, counts.waiting)
         table.add_row(step.name, step.stage.grain, workers, str(asks.batch_size), wants, *map(str, numbers))
@@ -367,7 +389,7 @@ def _explain(error: Exception) -> int:
     if not isinstance(error, UserError):
         raise error
     notes = "\n".join(getattr(error, "__notes__", []))
-    print(f"ipvg-ray: {error}" + (f"\n{notes}" if notes else ""), file=sys.stderr)
+    print(redact(f"ipvg-ray: {error}" + (f"\n{notes}" if notes else "")), file=sys.stderr)
     return EXIT_USAGE if isinstance(error, config.ConfigError) else EXIT_ERROR
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ipvg_ray import config
 from ipvg_ray.cli_options import EXIT_ERROR, EXIT_OK, File, Profile, Set, out
+from ipvg_ray.storage import run_path
 
 app = typer.Typer(no_args_is_help=True, help="Make, fetch and check models.")
 
@@ -51,6 +52,26 @@ def pull(
     out.print(fetch.describe(items), markup=False)
     if not dry_run:
         fetch.pull(items, root, accept_licence, report=lambda line: out.print(line, markup=False))
+    return EXIT_OK
+
+
+@app.command("mirror")
+def mirror(
+    place: Annotated[Any, typer.Argument(help="Shared folder or s3://bucket/prefix.", parser=run_path)],
+    profile: str = "gpu",
+    file: File = None,
+    overrides: Set = [],  # noqa: B006
+) -> int:
+    """Put the profile's models where nodes take them from: give runs `--set models.mirror=PLACE`."""
+    from ipvg_ray.models.mirror import publish
+    from ipvg_ray.stages import make_stages
+
+    settings = config.load(profile, file=file, overrides=overrides)
+    root = settings.models.root
+    paths = {path for stage in make_stages(settings) for path in stage.models().values() if path.is_relative_to(root)}
+    for name in sorted(path.relative_to(root).as_posix() for path in paths):
+        new = publish(name, root, place, report=lambda line: out.print(line, markup=False))
+        out.print(f"{name}: {'mirrored' if new else 'is there'}", markup=False)
     return EXIT_OK
 
 

@@ -33,9 +33,14 @@ from ipvg_ray.errors import UserError
 
 _ATTEMPTS = 8
 """Tries of one request, with growing pauses between them; about a minute of 503s is ridden out."""
-_PAUSES = (0.5, 2.0)
+_PAUSES = (0.5, 1.0, 2.0, 4.0)
 """Seconds between tries of an answer that broke off."""
 _MISSING = ("404", "NoSuchKey", "NotFound", "NoSuchBucket")
+_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
+_TIMEOUTS = {False: (10, 60), True: (3, 5)}
+"""Seconds to connect and to wait for bytes, of patient and of hasty requests."""
+_PIECE = 16 << 20
+"""Bytes of one part of a large object; parts are sent and fetched eight at a time, each tried again by itself."""
 
 
 class StorageError(UserError, OSError):
@@ -155,7 +160,25 @@ class S3Path:
 
     def upload(self, file: Path) -> None:
         """Write the object from a local file of any size, in parts where it is large. Raises StorageError."""
-        self._call("upload_file", Filename=str(file), Key=self.key)
+        self._call("upload_file", Filename=str(file), Key=self.key, Config=_transfer())
+
+    def download(self, file: Path) -> None:
+        """Fetch the object, in parallel ranges where it is large, to a local file that is there whole or not at all.
+
+        Raises:
+            FileNotFoundError, StorageError: also where the object changed meanwhile.
+        """
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._call("download_file", Key=self.key, Filename=str(file), Config=_transfer())
+
+    def link(self, seconds: int) -> str:
+        """A presigned link to the object: whoever has it may read the object for so long, without credentials.
+
+        One that is signed with a role's credentials ends with these, after some hours, whatever `seconds` says.
+        """
+        arguments = {"Bucket": self.bucket, "Key": self.key}
+        link: str = _client(os.getpid()).generate_presigned_url("get_object", Params=arguments, ExpiresIn=seconds)
+        return link
 
     def copy_to(self, target: S3Path) -> None:
         """Copy the object inside the store."""
@@ -206,18 +229,30 @@ class S3Path:
     def _call(self, operation: str, then: Any = lambda answer: answer, hasty: bool = False, **arguments: Any) -> Any:
         """Ask the store; `hasty` gives up within seconds, for a lease, which must not wait longer than it lasts."""
         from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            FlexibleChecksumError,
+            HTTPClientError,
+            IncompleteReadError,
+        )
 
         for pause in (None,) if hasty else (*_PAUSES, None):
             try:
                 return then(getattr(_client(os.getpid(), hasty), operation)(Bucket=self.bucket, **arguments))
             except ClientError as error:
+                if _code(error) in _EXPIRED:
+                    _forget_credentials()
+                    if pause is not None:
+                        time.sleep(pause)
+                        continue
                 if _code(error) in _MISSING and operation != "put_object":
                     raise FileNotFoundError(f"{self}: {error}") from error
                 raise StorageError(f"{self}: {error}") from error
             except (BotoCoreError, Boto3Error) as error:
                 # boto3 tries requests again by itself, but not an answer that breaks off while it is read.
-                if pause is None or not isinstance(error, HTTPClientError | IncompleteReadError):
+                broken = isinstance(error, HTTPClientError | IncompleteReadError | FlexibleChecksumError)
+                if pause is None or not broken:
                     raise StorageError(f"{self}: {error}") from error
                 time.sleep(pause)
         raise AssertionError("unreachable")
@@ -276,6 +311,16 @@ def parquet(file: RunPath, **options: Any) -> pq.ParquetFile:
         StorageError: where S3 does not answer.
     """
     try:
+        return _parquet(file, options)
+    except StorageError as error:
+        if not any(code in str(error) for code in _EXPIRED):
+            raise
+        _forget_credentials()
+        return _parquet(file, options)
+
+
+def _parquet(file: RunPath, options: dict[str, Any]) -> pq.ParquetFile:
+    try:
         if isinstance(file, Path):
             return pq.ParquetFile(file, **options)
         return pq.ParquetFile(f"{file.bucket}/{file.key}", filesystem=_arrow(os.getpid(), file.bucket), **options)
@@ -324,9 +369,8 @@ def copy_file(source: RunPath, target: RunPath) -> None:
             shutil.copy2(source, target)
     elif isinstance(source, Path) and isinstance(target, S3Path):
         target.upload(source)
-    else:
-        make_folder(target.parent)
-        target.write_bytes(source.read_bytes())
+    elif isinstance(source, S3Path) and isinstance(target, Path):
+        source.download(target)
 
 
 def _stat(size: int, modified: float) -> Any:
@@ -337,6 +381,20 @@ def _code(error: BaseException | None) -> str:
     return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
 
 
+def _transfer() -> Any:
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(
+        multipart_threshold=_PIECE, multipart_chunksize=_PIECE, max_concurrency=8, num_download_attempts=_ATTEMPTS
+    )
+
+
+def _forget_credentials() -> None:
+    """Look for credentials anew: a file of them may have been renewed since they were read."""
+    _client.cache_clear()
+    _arrow.cache_clear()
+
+
 @lru_cache
 def _client(process: int, hasty: bool = False) -> Any:
     """One client per process: its connections must not be shared with a fork."""
@@ -344,8 +402,14 @@ def _client(process: int, hasty: bool = False) -> Any:
     from botocore.config import Config
 
     retries: Any = {"mode": "standard", "total_max_attempts": 2 if hasty else _ATTEMPTS}
-    seconds = (3, 5) if hasty else (10, 60)
-    config = Config(retries=retries, connect_timeout=seconds[0], read_timeout=seconds[1], max_pool_connections=32)
+    seconds = _TIMEOUTS[hasty]
+    config = Config(
+        retries=retries,
+        connect_timeout=seconds[0],
+        read_timeout=seconds[1],
+        max_pool_connections=32,
+        signature_version="s3v4",  # else links would be signed in the old way, which newer regions refuse
+    )
     return boto3.session.Session().client("s3", config=config)
 
 

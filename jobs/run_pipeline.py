@@ -1,5 +1,7 @@
 """Entry point of the whole pipeline for `ray job submit`; takes the options of `ipvg-ray run`.
 
+`ipvg-ray submit` does this and follows the job; docs/clusters.md says more.
+
 ray job submit --working-dir . -- python jobs/run_pipeline.py s3://bucket/identities --out /shared/run --profile gpu
 """
 

@@ -24,16 +24,21 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def submit(client: JobSubmissionClient, command: str, environment: dict[str, str]) -> str:
-    """Submit; the agent that takes jobs comes up some seconds after the dashboard."""
+def wait_for_agent(client: JobSubmissionClient) -> None:
+    """The agent that takes jobs comes up some seconds after the dashboard."""
     for _ in range(240):
         try:
-            return client.submit_job(entrypoint=command, runtime_env={"env_vars": environment})
+            client.submit_job(entrypoint="true")
+            return
         except RuntimeError as error:
             if "No available agent" not in str(error):
                 raise
             time.sleep(0.5)
     raise TimeoutError("the cluster's job agent does not come up")
+
+
+def submit(client: JobSubmissionClient, command: str, environment: dict[str, str]) -> str:
+    return client.submit_job(entrypoint=command, runtime_env={"env_vars": environment})
 
 
 def wait(client: JobSubmissionClient, job: str) -> JobStatus:
@@ -47,6 +52,7 @@ def main() -> None:
     head = {"num_cpus": 3, "include_dashboard": True, "dashboard_port": 0, "dashboard_agent_listen_port": free_port()}
     client = JobSubmissionClient(f"http://{Cluster(initialize_head=True, head_node_args=head).webui_url}")
     environment = {"RAY_JOB_STOP_WAIT_TIME_S": "60", "PYTHONPATH": os.environ["PYTHONPATH"]}
+    wait_for_agent(client)
     first = submit(client, command, environment)
     while len(list(run_dir.glob("second/part-*"))) < 5 and not client.get_job_status(first).is_terminal():
         time.sleep(0.05)

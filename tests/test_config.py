@@ -106,3 +106,10 @@ def test_models_are_found_by_path_or_below_the_root(tmp_path: Path) -> None:
     settings = config.load("cpu-mini", overrides=[f"models.root={tmp_path}"])
     assert settings.models.path("mini-qwen3") == tmp_path / "mini-qwen3"
     assert settings.models.path("/models/x") == Path("/models/x")
+
+
+def test_labels_of_nodes_are_checked_for_their_syntax() -> None:
+    asked = config.load("cpu-mini", overrides=["video.pool.label_selector={ipvg-ray/pool: eight-gpu}"])
+    assert asked.video.pool.label_selector == {"ipvg-ray/pool": "eight-gpu"}
+    with pytest.raises(config.ConfigError, match="label_selector names the label 'my label'"):
+        config.load("cpu-mini", overrides=["video.pool.label_selector={my label: x}"])

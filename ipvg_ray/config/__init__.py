@@ -15,6 +15,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from ipvg_ray import secrets
 from ipvg_ray.config.base import ConfigError, DType, PoolConfig, Section, StageSection, Unit, nearest
 from ipvg_ray.config.dataset import DatasetConfig, ModelsConfig
 from ipvg_ray.config.evaluate import EvaluateConfig
@@ -144,6 +145,11 @@ def default_profile() -> str:
 
 def from_tree(tree: Mapping[str, Any]) -> Config:
     """Validate a nested mapping, such as the configuration kept in `run.json`. Raises ConfigError."""
+    if planted := list(secrets.found_in(tree)):
+        raise ConfigError(
+            f"{', '.join(planted)}: this looks like a secret, and a run keeps its configuration; put keys into the "
+            "environment (prompts.endpoint.api_key_env names the variable) or a credentials file"
+        )
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,8 @@ from ipvg_ray.errors import UserError
 
 DType = Literal["float32", "bfloat16", "float16"]
 Unit = Annotated[float, Field(ge=0, le=1)]
+_LABEL = r"([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?"
+"""Keys of node labels, by the syntax that Ray shares with Kubernetes."""
 
 
 class ConfigError(UserError, ValueError):
@@ -50,6 +53,7 @@ class PoolConfig(Section):
     gpus: float = Field(0.0, ge=0)
     memory_gb: float = Field(0.0, ge=0)
     accelerator_type: str | None = None
+    label_selector: dict[str, str] = Field(default_factory=dict)
     threads: int = Field(1, ge=1)
     time_limit_s: float = Field(0.0, ge=0)
 
@@ -61,6 +65,9 @@ class PoolConfig(Section):
             raise ValueError(f"initial_workers is {self.initial_workers}; it must lie between min_ and max_workers")
         if self.gpus > 1 and self.gpus != int(self.gpus):
             raise ValueError(f"gpus is {self.gpus}: use a share below 1, or a whole number of cards")
+        for key in self.label_selector:
+            if not re.fullmatch(_LABEL, key):
+                raise ValueError(f"label_selector names the label {key!r}; write it like ipvg-ray/pool")
         return self
 
 

@@ -40,9 +40,13 @@ class DatasetConfig(Section):
 
 
 class ModelsConfig(Section):
-    """Where models lie. `root` holds them by name; `~` is the home folder."""
+    """Where models lie. `root` holds them by name; `~` is the home folder.
+
+    With `mirror`, a folder or s3:// prefix filled by `ipvg-ray models mirror`, each node takes its copy below `root`.
+    """
 
     root: Path = Field(Path("~/.cache/ipvg_ray/models"), validate_default=True)
+    mirror: str | None = None
 
     @field_validator("root")
     @classmethod

@@ -36,6 +36,13 @@ class _Desk(TryLedger):
     def __init__(self) -> None:
         super().__init__(_node_lost)
         self.events: list[Event] = []
+        self.notices: set[str] = set()
+
+    def leaving(self, node: str) -> None:
+        self.notices.add(node)
+
+    def lost(self) -> dict[str, int]:
+        return {"batches": self.lost_tries, "notices": len(self.notices)}
 
     def begin(self, event: Event, who: Who) -> list[Who]:
         self.events.append(event)
@@ -58,6 +65,14 @@ def make_desk() -> Any:
     """The desk that workers report to, for one execution; it dies with the driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return _Desk.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
+def lost(desk: Any) -> dict[str, int]:
+    """How many batches were in work on nodes that were lost, and how many nodes left after a notice."""
+    try:
+        return dict(ray.get(desk.lost.remote(), timeout=10))
+    except ray.exceptions.RayError:
+        return {}
 
 
 def ledger_at(desk: Any, store: Store) -> Ledger:

@@ -26,7 +26,8 @@ from ipvg_ray.pipeline.groups import LedGroup
 from ipvg_ray.pipeline.lead import bound_lead
 from ipvg_ray.pipeline.ledger import Event, Who
 from ipvg_ray.pipeline.places import claimed, places
-from ipvg_ray.pipeline.plan import Step
+from ipvg_ray.pipeline.plan import Step, rows_ahead
+from ipvg_ray.pipeline.spot import Notice, Watch, drain
 from ipvg_ray.pipeline.stage import Resources
 from ipvg_ray.pipeline.store import Store
 from ipvg_ray.pipeline.tickets import TicketFile, read_rows
@@ -40,8 +41,6 @@ _WORDS = 10
 """Lines of a worker's own words that are shown: torch explains a wrong checkpoint over several."""
 _GROW_AT = 0.8
 """Batches in work, as a share of what a pool can have in work, from which on it grows."""
-_BATCHES_AHEAD = 4
-"""Batches that may wait in front of a stage for each that its pool can have in work."""
 _PATIENCE = 4.0
 """How often its slowest stage's time limit must pass without anything moving before an execution is given up."""
 
@@ -142,7 +141,9 @@ def execute(
     context.max_consecutive_actor_init_deaths = _START_TRIES
     context.execution_no_progress_timeout_s = no_progress_limit(steps)
     context.actor_pool_util_upscaling_threshold = _GROW_AT
-    bound_lead(context, {step.name: rows_ahead(step.stage.resources()) for step in steps})
+    asks = [step.stage.resources() for step in steps]
+    ahead = map(rows_ahead, asks, [None, *asks])
+    bound_lead(context, {step.name: rows for step, rows in zip(steps, ahead, strict=True)})
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     with places(steps) as offices, listening(desk, specs[steps[0].name].store, on_events):
         dataset = _dataset(steps, specs, tickets, desk, offices)
@@ -227,11 +228,6 @@ def _map(dataset: Dataset, step: Step, spec: WorkerSpec, desk: Any, office: Any)
     )
 
 
-def rows_ahead(asks: Resources) -> int:
-    """Rows that may wait in front of a stage: enough that its largest pool never stands idle for want of dealing."""
-    return _BATCHES_AHEAD * asks.batch_size * asks.max_workers * asks.concurrency
-
-
 def _in_flight(asks: Resources) -> int:
     """Batches dealt to one worker at a time.
 
@@ -253,6 +249,8 @@ def _remote_args(asks: Resources) -> dict[str, Any]:
         args["memory"] = int(asks.memory_gb * 2**30)
     if asks.accelerator_type:
         args["accelerator_type"] = asks.accelerator_type
+    if asks.label_selector:
+        args["label_selector"] = dict(asks.label_selector)
     return args
 
 
@@ -277,12 +275,20 @@ class _StageActor:
         )
         keep_traces(spec.store.session_dir)
         last_words = LastWords(who.trace) if spec.store.is_open() else None
+
+        def noticed(notice: Notice) -> None:
+            desk.leaving.remote(who.node)
+            drain(who.node, notice)
+
+        # Ray starts this actor again on another node, and gives it what was not begun.
+        self.spot = Watch(noticed, leave=lambda: os._exit(0))
         device, ranks = "cuda" if asks.gpus else "cpu", spec.step.stage.ranks()
         group = LedGroup(ranks, device, asks.threads, claimed(office) if office else None) if ranks else None
         self.worker = Worker(spec, "cpu" if group else device, ledger_at(desk, spec.store), who, last_words, group)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return self.worker(batch)
+        with self.spot.batch():
+            return self.worker(batch)
 
 
 def _explained(error: BaseException) -> BaseException:

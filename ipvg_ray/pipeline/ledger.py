@@ -43,6 +43,7 @@ class Event:
     Attributes:
         alone: of one that begins: whether no other batch is in work in the process.
         closed: of one that has ended: whether its rows are on disk; else it was taken apart.
+        node_age: of a process's first: seconds from its node's start until then.
     """
 
     stage: str
@@ -54,6 +55,7 @@ class Event:
     done: int = 0
     failed: int = 0
     seconds: float = 0.0
+    node_age: float = 0.0
 
 
 class Ledger(Protocol):

@@ -10,12 +10,16 @@ import pyarrow as pa
 
 from ipvg_ray import schema, tables
 from ipvg_ray.errors import UserError
-from ipvg_ray.pipeline.stage import Stage
+from ipvg_ray.pipeline.stage import Resources, Stage
 
 SAMPLES = "_samples"
 """Column of identity rows that carries the identity's samples until they part ways."""
 ATTEMPT = "_attempt"
 """How often the row has been tried at the stage it enters at, this try included."""
+
+
+_BATCHES_AHEAD = 4
+"""Batches that may wait in front of a stage for each that its pool can have in work."""
 
 
 class PlanError(UserError, ValueError):
@@ -53,6 +57,16 @@ class Step:
     def explodes(self) -> bool:
         """Whether its identity rows leave as one row per sample."""
         return SAMPLES in self.leaving.names and SAMPLES not in self.passing.names
+
+
+def rows_ahead(asks: Resources, before: Resources | None = None) -> int:
+    """Rows that may wait in front of a stage: enough that its largest pool never stands idle for want of dealing.
+
+    Where the stage before it works on many rows at a time, twice as many as that: it begins anew when the last of what
+    it made is dealt, and takes a while.
+    """
+    made = before.batch_size * before.max_workers * before.concurrency if before else 0
+    return max(_BATCHES_AHEAD * asks.batch_size * asks.max_workers * asks.concurrency, 2 * made)
 
 
 def samples_type() -> pa.DataType:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ _WINDOW = 60.0
 
 @dataclass
 class StageProgress:
-    """Live counts of one stage: rows."""
+    """Live counts of one stage: rows. `first_row` is the longest that a node was up before its first one began, s."""
 
     counts: Counts
     done: int = 0
@@ -35,6 +36,7 @@ class StageProgress:
     open: dict[str, int] = field(default_factory=dict)
     busy: float = 0.0
     history: list[tuple[float, int]] = field(default_factory=list)
+    first_row: float = 0.0
 
     @property
     def finished(self) -> int:
@@ -69,6 +71,10 @@ class Progress:
         counts: per stage, in order, where the run starts from.
         prompts: how many samples each identity has on average: what one failed identity costs later stages.
         grains: grain per stage.
+
+    Attributes:
+        lost: `batches` that were in work on nodes which were lost, nodes that left after a notice (`notices`), and how
+            often so much was lost that the run began again from its checkpoints (`executions`).
     """
 
     def __init__(self, counts: Mapping[str, Counts], grains: Mapping[str, str], prompts: float) -> None:
@@ -76,6 +82,7 @@ class Progress:
         self.grains = dict(grains)
         self.prompts = prompts
         self.started = time.monotonic()
+        self.lost: Counter[str] = Counter()
 
     def restart(self, counts: Mapping[str, Counts]) -> None:
         """Begin again from what is on disk: batches that were in work are not, and some were counted twice."""
@@ -95,6 +102,7 @@ class Progress:
             stage.done += event.done
             stage.failed += event.failed
             stage.busy += event.seconds
+            stage.first_row = max(stage.first_row, event.node_age)
             if ended:
                 stage.history = [*stage.history[-500:], (now, ended)]
             if event.began > 0 and not stage.history:

@@ -14,8 +14,10 @@ from typing import Any, TextIO
 from ipvg_ray.pipeline import progress as shown
 from ipvg_ray.pipeline.deaths import trace_folder
 from ipvg_ray.pipeline.lease import RunLockedError
+from ipvg_ray.pipeline.metrics import Meters
 from ipvg_ray.pipeline.plan import Step
 from ipvg_ray.pipeline.rundir import ChangedError, Freeze, Opened, Request, fork, now, opened, require_models
+from ipvg_ray.pipeline.runlog import RunLog, progress_of
 from ipvg_ray.pipeline.survey import Counts
 from ipvg_ray.pipeline.tickets import write_tickets
 from ipvg_ray.pipeline.worker import WorkerSpec
@@ -64,11 +66,12 @@ def run(request: Request, freeze: Freeze) -> Result:
         this.run.setdefault("sessions", []).append(session)
         this.store.write_run(this.run)
         result = Result(counts, this.run["dataset"]["problems"], 0.0)
-        log = trace_folder(this.store.session_dir).with_name("ray.log")
+        words, log = trace_folder(this.store.session_dir).with_name("ray.log"), RunLog(this.store.session_dir)
         try:
             if any(len(rows) for rows in this.found.entry.values()):
-                with shown.own_terminal(log) as terminal, _signals(this, request.grace_s, terminal):
-                    _execute(this, request, seen, terminal)
+                log.note("start", run=str(this.store.run_dir), stages=progress_of(seen))
+                with shown.own_terminal(words) as terminal, _signals(this, request.grace_s, terminal):
+                    _execute(this, request, seen, terminal, log)
             result.outcome = "interrupted" if this.stopping else "complete"
         except KeyboardInterrupt:
             result.outcome = "interrupted"
@@ -76,15 +79,21 @@ def run(request: Request, freeze: Freeze) -> Result:
                 raise RunLockedError(f"{request.run_dir} was taken over by another start; this one has ended") from None
         except BaseException as error:
             result.outcome = "failed"
-            error.add_note(f"Ray's own words are in {log}")
+            error.add_note(f"Ray's own words are in {words}")
+            log.note("note", message=f"{type(error).__name__}: {error}")
             raise
         finally:
             result.seconds = time.monotonic() - started
             result.stages = _tally(seen, this.steps)
             session |= {"ended": now(), "seconds": round(result.seconds, 1), "outcome": result.outcome}
             session["stages"] = result.stages
+            if seen.lost.total():
+                session["lost"] = dict(seen.lost)
+            if log.file.is_file():  # a start that had something to do
+                log.note("end", outcome=result.outcome, seconds=session["seconds"], stages=progress_of(seen))
             if not this.lost:
                 this.store.write_run(this.run)
+                log.close()
         result.counts = this.survey().counts
         return result
 
@@ -97,32 +106,40 @@ def specs(this: Opened, request: Request) -> dict[str, WorkerSpec]:
     }
 
 
-def _execute(this: Opened, request: Request, seen: shown.Progress, terminal: TextIO) -> None:
+def _execute(this: Opened, request: Request, seen: shown.Progress, terminal: TextIO, log: RunLog) -> None:
     from ipvg_ray.pipeline import execute  # Ray takes a second to import; `plan` and `status` do without it
 
     def say(line: str) -> None:
         print(line, file=terminal, flush=True)
+        log.note("note", message=line)
 
     try:
         execute.connect()
+        meters = Meters(this.steps, str(this.store.run_dir))
         # Signals again: ray.init puts its own handlers in place.
         with _signals(this, request.grace_s, terminal), shown.Display(seen, terminal) as display:
 
             def on_events(events: Sequence[Any]) -> None:
                 seen.add(events)
+                meters.add(events, seen)
                 display.tick()
+                log.tick(seen)
 
-            _go_on_after_losses(this, lambda: _execute_once(this, request, on_events, say), seen, say)
+            _go_on_after_losses(this, lambda: _execute_once(this, request, on_events, say, seen), seen, say)
     finally:
         execute.shutdown()
 
 
 def _execute_once(
-    this: Opened, request: Request, on_events: Callable[[Sequence[Any]], None], say: Callable[[str], None]
+    this: Opened,
+    request: Request,
+    on_events: Callable[[Sequence[Any]], None],
+    say: Callable[[str], None],
+    seen: shown.Progress,
 ) -> None:
     """Do what is missing, in as many executions as the machine needs."""
     from ipvg_ray.pipeline import execute, space
-    from ipvg_ray.pipeline.desk import make_desk
+    from ipvg_ray.pipeline.desk import lost, make_desk
 
     first = next((i for i, step in enumerate(this.steps) if len(this.found.entry[step.name])), len(this.steps))
     for number, group in enumerate(space.phases(this.steps[first:], request.in_turn, say)):
@@ -136,7 +153,11 @@ def _execute_once(
             if step.name in names and len(found.entry[step.name])
         }
         # A ledger for each: what broke off before says nothing of the rows that were in work then.
-        execute.execute(group, specs(this, request), tickets, on_events, make_desk())
+        desk = make_desk()
+        try:
+            execute.execute(group, specs(this, request), tickets, on_events, desk)
+        finally:
+            seen.lost.update(lost(desk))
 
 
 def _go_on_after_losses(
@@ -155,6 +176,7 @@ def _go_on_after_losses(
                 return None
             this.renew()
             seen.restart(this.found.counts)
+            seen.lost["executions"] += 1
             idle = 0 if _finished(this.found.counts) > before else idle + 1
             if idle >= _IDLE_LOSSES:
                 raise
@@ -171,6 +193,7 @@ def _tally(seen: shown.Progress, steps: Sequence[Step]) -> dict[str, dict[str, A
             "rows": seen.stages[step.name].done,
             "failed": seen.stages[step.name].failed,
             "busy_seconds": round(seen.stages[step.name].busy, 2),
+            "first_row_seconds": round(seen.stages[step.name].first_row, 1),
             "workers": step.stage.resources().max_workers,
         }
         for step in steps

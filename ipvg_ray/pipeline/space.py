@@ -67,6 +67,10 @@ def _lacking(steps: Sequence[Step], there: dict[str, float], cards: Sequence[flo
         short.append(f"GPU shares that do not fit whole into {sum(cards):g} cards")
     types = {p.accelerator_type for p in pools if p.accelerator_type}
     short += [f"a card of type {t}, and there is none" for t in sorted(types) if not there.get(f"accelerator_type:{t}")]
+    labels = [node.get("Labels", {}) for node in ray.nodes() if node["Alive"]]
+    for key, value in sorted({item for p in pools for item in p.label_selector.items()}):
+        if value[:1] != "!" and not any(seen.get(key, "") in _values(value) for seen in labels):
+            short.append(f"a node with the label {key}={value}, and there is none")
     return " and ".join(short)
 
 
@@ -75,6 +79,13 @@ def _card_asks(step: Step) -> list[float]:
     asks, ranks = step.stage.resources(), step.stage.ranks()
     portions = [1.0] * int(asks.gpus) if ranks and ranks.across_nodes else [asks.gpus]
     return portions * asks.min_workers
+
+
+def _values(selector: str) -> list[str]:
+    """The label values that a selector without a `!` stands for: `a`, or `in(a,b)`."""
+    if selector.startswith("in(") and selector.endswith(")"):
+        return [value.strip() for value in selector[3:-1].split(",")]
+    return [selector]
 
 
 def _pack(asks: Sequence[float], nodes: Sequence[float]) -> bool:

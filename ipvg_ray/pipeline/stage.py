@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -56,6 +56,8 @@ class Resources:
         gpus: below 1 a share of one card, else a whole number: a group of cards of one node that work on one row.
         memory_gb: host memory reserved, GiB; 0 reserves none.
         accelerator_type: the card's name as Ray knows it (`H100`, `L4`), or None for any.
+        label_selector: labels that a worker's node must have, such as `{"ipvg-ray/pool": "one-gpu"}`; values may also
+            be `!value`, `in(a,b)` and `!in(a,b)`, as Ray reads them.
         min_workers, max_workers: the pool's bounds.
         initial_workers: how many it begins with; 0 for min_workers.
         batch_size: rows handed to one `process` call at most.
@@ -68,6 +70,7 @@ class Resources:
     gpus: float = 0.0
     memory_gb: float = 0.0
     accelerator_type: str | None = None
+    label_selector: Mapping[str, str] = field(default_factory=dict)
     min_workers: int = 1
     max_workers: int = 1
     initial_workers: int = 0

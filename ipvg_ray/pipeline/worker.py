@@ -31,8 +31,10 @@ from ipvg_ray.pipeline.ledger import Event, Ledger, Who
 from ipvg_ray.pipeline.plan import ATTEMPT, SAMPLES, Step
 from ipvg_ray.pipeline.scratch import RunScratch
 from ipvg_ray.pipeline.stage import Group, Row, RowError, Stage, StageContext
+from ipvg_ray.pipeline.staging import node_age, take_models
 from ipvg_ray.pipeline.store import FencedError, Store, batch_digest, failures_table, row_seeds
 from ipvg_ray.pipeline.turns import Turns
+from ipvg_ray.secrets import redact
 from ipvg_ray.storage import StorageError
 
 _KEYS = ("identity_id", "sample_id", "prompt_id")
@@ -100,6 +102,7 @@ class Worker:
         self.store = spec.store
         self.ledger = ledger
         self.who = who
+        self.fresh = True
         self.last_words = last_words
         self.turns = Turns() if spec.step.stage.resources().concurrency > 1 else None
         self.stored = tables.stored_schema(self.step.table)
@@ -121,6 +124,7 @@ class Worker:
         if restarts > 2 * (self.spec.max_deaths + 1) * asks.max_workers * asks.concurrency:
             raise WorkerStartError(f"{name}'s workers died {restarts} times without one batch coming to an end")
         try:
+            take_models([self.stage])
             if group:
                 group.start()
             scratch = RunScratch(self.store, f"{name}-{self.spec.fingerprint}")
@@ -154,7 +158,8 @@ class Worker:
         return self._tried(batch, keys, digest, died, mates)
 
     def _begin(self, digest: str, rows: int, alone: bool) -> list[Who]:
-        return self.ledger.begin(Event(self.stage.name, digest, began=rows, alone=alone), self.who)
+        age, self.fresh = node_age() if self.fresh else 0.0, False
+        return self.ledger.begin(Event(self.stage.name, digest, began=rows, alone=alone, node_age=age), self.who)
 
     def _failed_before(self, digest: str) -> set[str]:
         try:
@@ -321,8 +326,8 @@ class Journal:
 
 
 def _text(words: str) -> str:
-    """Words that Parquet can hold: lone surrogates, which Python allows, become question marks."""
-    return words.encode("utf-8", "replace").decode()
+    """Words that Parquet can hold and anybody may read: lone surrogates become question marks, secrets are cut out."""
+    return redact(words.encode("utf-8", "replace").decode())
 
 
 def with_seeds(batch: pa.Table, stage: Stage, run_seed: int) -> pa.Table:

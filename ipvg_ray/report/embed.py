@@ -17,14 +17,18 @@ from PIL import Image
 
 from ipvg_ray.media import images
 from ipvg_ray.report import facts
-from ipvg_ray.storage import RunPath
+from ipvg_ray.storage import RunPath, S3Path
 
 
 class Budget:
-    """Bytes of data: URIs that may still go into the page."""
+    """Bytes of data: URIs that may still go into the page; and for how many seconds links into S3 are to be signed.
 
-    def __init__(self, size: int) -> None:
+    Where `links_s` is 0, links are relative to the run, and whoever opens the page needs access of their own.
+    """
+
+    def __init__(self, size: int, links_s: int = 0) -> None:
         self.left = size
+        self.links_s = links_s
 
     def allows(self, size: int) -> bool:
         """Whether `size` bytes still fit once they are written as base64."""
@@ -99,6 +103,8 @@ def clip(run_dir: RunPath, uri: str | None, budget: Budget) -> Clip:
     link = _relative_link(uri)
     if link is None:
         return Clip(None, None, f"the video's path {uri!r} does not lie in the run")
+    if budget.links_s and isinstance(run_dir, S3Path):
+        link = (run_dir / uri).link(budget.links_s)
     try:
         size = (run_dir / uri).stat().st_size
         if not size:

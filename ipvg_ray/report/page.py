@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import resources
 from typing import Any
+from urllib.parse import urlsplit
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -30,11 +31,13 @@ from ipvg_ray.storage import RunPath, S3Path, run_path
 MINI_PROFILE = "cpu-mini"
 
 
-def write_report(run_dir: RunPath) -> RunPath:
+def write_report(run_dir: RunPath, links_s: int = 0) -> RunPath:
     """Write `<run>/report.html`, replacing an earlier one in one step.
 
     Args:
         run_dir: a run directory, of a run that is finished, stopped or still going.
+        links_s: seconds for which links to videos of a run in S3 are signed, so that they open without credentials; 0
+            to leave them relative to the run.
 
     Returns:
         The page's path.
@@ -44,7 +47,7 @@ def write_report(run_dir: RunPath) -> RunPath:
     """
     run_dir = run_path(run_dir)
     place = run_dir / "report.html"
-    _replace(place, render(run_dir).encode("utf-8", "replace"))
+    _replace(place, render(run_dir, links_s).encode("utf-8", "replace"))
     return place
 
 
@@ -60,14 +63,14 @@ def _replace(place: RunPath, page: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def render(run_dir: RunPath) -> str:
-    """The page's HTML. Raises FileNotFoundError where the folder is not a run directory."""
+def render(run_dir: RunPath, links_s: int = 0) -> str:
+    """The page's HTML; see `write_report`. Raises FileNotFoundError where the folder is not a run directory."""
     run = facts.mapping(tables.read_run(run_dir))
     config = facts.mapping(run.get("config"))
     progress = read_progress(run_dir, run)
     rows, embed_mb = _bounds(config)
     chosen = choose(progress.status, rows)
-    groups = sample_views(run_dir, progress, chosen, Budget(embed_mb * 1_000_000))
+    groups = sample_views(run_dir, progress, chosen, Budget(embed_mb * 1_000_000, links_s))
     rows_of_scores = _score_rows(progress)
     css, js = _asset("page.css"), _asset("page.js")
     page = (
@@ -84,9 +87,18 @@ def render(run_dir: RunPath) -> str:
             js=Markup(js),
             css_hash=_csp_hash(css),
             js_hash=_csp_hash(js),
+            media_host=_media_host(run_dir, links_s),
         )
     )
     return page.lstrip()
+
+
+def _media_host(run_dir: RunPath, links_s: int) -> str:
+    """The store that signed links lead to, which the page may then play videos from; else nothing."""
+    if not links_s or not isinstance(run_dir, S3Path):
+        return ""
+    parts = urlsplit((run_dir / "report.html").link(links_s))
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def _bounds(config: Mapping[str, Any]) -> tuple[int, int]:

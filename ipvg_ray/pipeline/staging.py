@@ -1,0 +1,41 @@
+"""Models come to a node once, before its first worker loads them; and how long after its start a node does its work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ipvg_ray.pipeline.stage import Stage
+
+
+def take_models(stages: Sequence[Stage]) -> list[str]:
+    """Have the models of these stages on this machine, from `models.mirror` if one is set; returns what was fetched.
+
+    Raises:
+        FetchError: where the mirror lacks one, or this machine's disk has no room.
+    """
+    from ipvg_ray.models import mirror
+    from ipvg_ray.storage import run_path
+
+    taken = []
+    for stage in stages:
+        models = getattr(stage.config, "models", None)
+        if models is None or models.mirror is None:
+            continue
+        for path in stage.models().values():
+            if path.is_relative_to(models.root):  # others were named by a path of their own
+                name = path.relative_to(models.root).as_posix()
+                if mirror.take(name, models.root, run_path(models.mirror)):
+                    taken.append(name)
+    return taken
+
+
+def node_age() -> float:
+    """Seconds since this node's Ray began: the age of this worker's parent process; 0 where nobody tells."""
+    try:
+        started = float(Path(f"/proc/{os.getppid()}/stat").read_text().rpartition(")")[2].split()[19])
+        up = float(Path("/proc/uptime").read_text().split()[0])
+        return max(0.0, up - started / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return 0.0

@@ -1,0 +1,107 @@
+"""Runs as jobs: what is packed, what is refused, and the miniature pipeline from S3 to S3 on a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ipvg_ray import cli
+from ipvg_ray.cli_submit import pack
+from ipvg_ray.pipeline.progress import Progress
+from ipvg_ray.pipeline.runlog import RunLog, progress_of
+from ipvg_ray.pipeline.survey import Counts
+
+ROOT = Path(__file__).parent.parent
+RUN = ["s3://bucket/ids", "--out", "s3://bucket/runs/one", "--profile", "gpu"]
+
+
+def test_a_job_carries_this_code_and_its_configuration_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("stop_grace_s: 7\n")
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    job = pack([*RUN, "-c", str(file), "-s", "seed=3"], folder)
+    options = ["--out", "s3://bucket/runs/one", "--profile", "gpu", "-c", "config.yaml", "-s", "seed=3"]
+    assert job.command == ["python", "-m", "ipvg_ray", "run", "s3://bucket/ids", *options]
+    assert (job.run_dir, job.grace_s) == ("s3://bucket/runs/one", 7)
+    (tmp_path / "other").mkdir()
+    assert pack(RUN[:3], tmp_path / "other").command[-2:] == ["--profile", "gpu"], "the head itself has no GPU"
+    assert {p.name for p in folder.iterdir()} == {"ipvg_ray", "config.yaml"}
+    assert not list(folder.rglob("*.pyc"))
+    assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 5_000_000
+    program = "import ipvg_ray, ipvg_ray.schema as s; s.table('video'); print(ipvg_ray.__file__, s.schema_dir())"
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, env=clean, capture_output=True, text=True)
+    assert done.stdout.split() == [str(folder / "ipvg_ray/__init__.py"), str(folder / "ipvg_ray/schemas")], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["s3://b/ids", "--out", "run"], 1, "--out run: name a place that all nodes see"),
+        (["ids", "--out", "s3://b/run"], 1, "name the identity set as the cluster sees it"),
+        (["s3://b/ids", "--out", "s3://b/run", "--bogus"], 2, "No such option"),
+        (["s3://b/ids", "--out", "s3://b/run", "--set", "video.stps=1"], 2, "did you mean 'steps'"),
+        (RUN, 1, "no cluster answers at http://127.0.0.1:9"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_it_is_sent(
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["submit", "--address", "http://127.0.0.1:9", "--", *arguments]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_the_log_for_machines_tells_rows_by_stage(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "_engine/s1")
+    seen = Progress({"a": Counts(10, 4, 1, 0, 5)}, {"a": "sample"}, 1.0)
+    log.tick(seen)
+    log.due = 0
+    log.tick(seen)
+    log.note("note", message="é")
+    lines = [json.loads(line) for line in (tmp_path / "_engine/s1/log.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["progress", "note"]
+    wanted = {"total": 10, "done": 4, "running": 0, "waiting": 5, "failed": 1, "rows_per_second": 0.0}
+    assert lines[0]["stages"] == progress_of(seen) == {"a": wanted}
+    assert lines[1]["message"] == "é"
+
+
+@pytest.mark.slow
+def test_the_miniature_pipeline_as_a_job_from_s3_to_s3(tmp_path: Path, mini_models: Path) -> None:
+    from ipvg_ray.dataset.demo import make_demo
+
+    identities = make_demo(tmp_path / "identities")
+    file = tmp_path / "pools.yaml"
+    pools = dict.fromkeys(("faces", "matting", "prompts", "first_frame", "evaluate"), "one-gpu")
+    pools["video"] = "eight-gpu"
+    lines = [f"{name}: {{pool: {{label_selector: {{ipvg-ray/pool: {p}}}}}}}" for name, p in pools.items()]
+    file.write_text("\n".join([*lines, "dataset: {limit: 3}", ""]))
+    program = Path(__file__).with_name("submitted_pipeline.py")
+    done = subprocess.run(
+        [sys.executable, str(program), str(mini_models), str(identities), str(file)],
+        capture_output=True,
+        text=True,
+        timeout=1100,
+        env=os.environ | {"RAY_AUTH_MODE": "disabled"},
+    )
+    assert done.stdout.strip(), done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["first"] == 130, told["said"]
+    assert "go on with: ipvg-ray submit --address" in told["said"]
+    assert "Go on with: ipvg-ray run --out s3://runs/mini/run" in told["said"], "the job's own log was followed"
+    assert told["second"] == 3, told["then"]
+    assert "done, but some rows failed; try them again with: ipvg-ray submit" in told["then"], (
+        "there is a cat among them"
+    )
+    assert told["outcomes"] == ["interrupted", "complete"]
+    assert told["kept"] >= 3, "parts of the first job stand as they were"
+    assert told["rows"] == {"faces": 2, "matting": 2, "prompts": 4, "first_frame": 4, "video": 4, "evaluate": 4}
+    assert told["most"] == 1, "nothing was done twice"
+    assert told["videos"] == 4
+    assert told["report"]
+    assert told["logs"].count("start") == told["logs"].count("end") == 2
