@@ -24,8 +24,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.deaths import LastWords, keep_traces, oom_kills, trace_folder
+from ipvg_ray.pipeline.groups import LedGroup
 from ipvg_ray.pipeline.lead import bound_lead
 from ipvg_ray.pipeline.ledger import Event, TryLedger, Who
+from ipvg_ray.pipeline.places import claimed, places
 from ipvg_ray.pipeline.plan import Step
 from ipvg_ray.pipeline.stage import Resources
 from ipvg_ray.pipeline.store import Store
@@ -197,12 +199,10 @@ def execute(
     context.actor_pool_util_upscaling_threshold = _GROW_AT
     bound_lead(context, {step.name: rows_ahead(step.stage.resources()) for step in steps})
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    dataset = _dataset(steps, specs, tickets, desk)
-    if dataset is None:
-        return
-    with _polling(desk, on_events):
+    with places(steps) as offices, _polling(desk, on_events):
+        dataset = _dataset(steps, specs, tickets, desk, offices)
         try:
-            for _ in dataset.iter_internal_ref_bundles():
+            for _ in dataset.iter_internal_ref_bundles() if dataset is not None else ():
                 pass
         except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
             raise _explained(error) from error
@@ -220,7 +220,11 @@ def no_progress_limit(steps: Sequence[Step]) -> int:
 
 
 def _dataset(
-    steps: Sequence[Step], specs: dict[str, WorkerSpec], tickets: dict[str, TicketFile], desk: Any
+    steps: Sequence[Step],
+    specs: dict[str, WorkerSpec],
+    tickets: dict[str, TicketFile],
+    desk: Any,
+    offices: dict[str, Any],
 ) -> Dataset | None:
     dataset: Dataset | None = None
     before: Step | None = None
@@ -237,7 +241,7 @@ def _dataset(
             fresh = _read(entering, batch, specs[step.name].store)
             dataset = fresh if dataset is None else dataset.union(fresh)
         if dataset is not None:
-            dataset = _map(dataset, step, specs[step.name], desk)
+            dataset = _map(dataset, step, specs[step.name], desk, offices.get(step.name))
         before = step
     return dataset
 
@@ -256,12 +260,12 @@ def _read(entering: TicketFile, batch: int, store: Store) -> Dataset:
     return _dealt(fresh, batch) if source.span > batch else fresh
 
 
-def _map(dataset: Dataset, step: Step, spec: WorkerSpec, desk: Any) -> Dataset:
+def _map(dataset: Dataset, step: Step, spec: WorkerSpec, desk: Any, office: Any) -> Dataset:
     asks = step.stage.resources()
     operator = type(step.name, (_StageActor,), {})  # the class's name is the operator's in Ray's dashboards and logs
     return dataset.map_batches(
         operator,
-        fn_constructor_args=(spec, desk),
+        fn_constructor_args=(spec, desk, office),
         batch_size=asks.batch_size,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(
@@ -273,7 +277,7 @@ def _map(dataset: Dataset, step: Step, spec: WorkerSpec, desk: Any) -> Dataset:
             enable_true_multi_threading=asks.concurrency > 1,
         ),
         num_cpus=asks.cpus,
-        num_gpus=asks.gpus,
+        num_gpus=0 if office else asks.gpus,  # a group that spans nodes has its cards from its placement group
         **_remote_args(asks),
     )
 
@@ -308,9 +312,9 @@ def _remote_args(asks: Resources) -> dict[str, Any]:
 
 
 class _StageActor:
-    """A stage's worker inside a Ray Data actor."""
+    """A stage's worker inside a Ray Data actor; the leader of its ranks, where the stage asks for some."""
 
-    def __init__(self, spec: WorkerSpec, desk: Any) -> None:
+    def __init__(self, spec: WorkerSpec, desk: Any, office: Any) -> None:
         asks = spec.step.stage.resources()
         # Before torch, ONNX and OpenCV are imported by the stage's setup: they size their pools from these.
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM"):
@@ -328,8 +332,9 @@ class _StageActor:
         )
         keep_traces(spec.store.session_dir)
         last_words = LastWords(who.trace) if spec.store.is_open() else None
-
-        self.worker = Worker(spec, "cuda" if asks.gpus else "cpu", _AtDesk(desk), who, last_words)
+        device, ranks = "cuda" if asks.gpus else "cpu", spec.step.stage.ranks()
+        group = LedGroup(ranks, device, asks.threads, claimed(office) if office else None) if ranks else None
+        self.worker = Worker(spec, "cpu" if group else device, _AtDesk(desk), who, last_words, group)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return self.worker(batch)

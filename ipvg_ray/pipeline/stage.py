@@ -7,7 +7,7 @@ A stage is handed rows (plain dictionaries) and gives back, row by row and in or
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -103,15 +103,69 @@ class Scratch(Protocol):
 
 
 @dataclass(frozen=True)
+class RankContext:
+    """What the engine gives a rank when it starts; torch.distributed is set up among all ranks of its group.
+
+    Attributes:
+        rank, ranks: its number, and how many there are.
+        device: `cuda`, of which it sees one card, or `cpu`.
+        threads: how many threads it may use.
+        alive: to be called with a few words at every step of long work. When no rank of a group has done so for the
+            group's `stall_s`, it is taken to hang.
+    """
+
+    rank: int
+    ranks: int
+    device: str
+    threads: int
+    alive: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The group of processes that a worker leads, one for each card.
+
+    Attributes:
+        size: how many.
+        make: called once in each rank; makes the object whose methods `Group.run` calls. Loads models.
+        across_nodes: whether they may be spread over nodes; else all run on the worker's own.
+        stall_s: seconds without a sign of any rank after which they are taken to hang; 0 for no limit.
+        rebuilds: how often the group is made anew for one call before that call is given up.
+    """
+
+    size: int
+    make: Callable[[RankContext], Any]
+    across_nodes: bool = False
+    stall_s: float = 0.0
+    rebuilds: int = 2
+
+
+class Group(Protocol):
+    """A worker's ranks, as its stage sees them."""
+
+    def run(self, method: str, *args: Any) -> Any:
+        """Call a method of every rank's object with the same arguments, all at once; returns what rank 0 returned.
+
+        Where a rank dies, hangs, or raises while others do not, all are ended, made anew, and called again.
+
+        Raises:
+            RowError: of kind `group_lost`, where that has happened too often.
+            Exception: what all ranks raised alike; the group is then whole.
+        """
+        ...
+
+
+@dataclass(frozen=True)
 class StageContext:
     """What the engine gives a worker when it starts.
 
     Attributes:
-        device: `cuda` where the worker was given a GPU, else `cpu`.
+        device: `cuda` where the worker itself was given a GPU, else `cpu`; the cards of a group are its ranks'.
         threads: how many threads the worker may use.
         media: where finished media files go.
         run_dir: the run's directory or URI prefix; media URIs in rows are relative to it.
         scratch: for work in progress that another worker may go on with; None where a row is run apart from its run.
+        group: the worker's ranks, where `Stage.ranks` asks for some.
     """
 
     device: str
@@ -119,6 +173,7 @@ class StageContext:
     media: MediaWriter
     run_dir: str
     scratch: Scratch | None = None
+    group: Group | None = None
 
 
 class Stage(ABC):
@@ -170,6 +225,10 @@ class Stage(ABC):
     def resources(self) -> Resources:
         """What one worker asks of a machine, from the section's `pool`."""
         return Resources(**self.settings.pool.model_dump())
+
+    def ranks(self) -> Ranks | None:
+        """The group that each worker leads; None where it works alone. `resources` asks for the cards of all ranks."""
+        return None
 
     def models(self) -> Mapping[str, Path]:
         """Field of the section that names a model, to the file or folder it stands for.

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,7 +31,7 @@ from ipvg_ray.pipeline.deaths import Death, LastWords, inquest
 from ipvg_ray.pipeline.ledger import Event, Ledger, Who
 from ipvg_ray.pipeline.plan import ATTEMPT, SAMPLES, Step
 from ipvg_ray.pipeline.scratch import RunScratch
-from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
+from ipvg_ray.pipeline.stage import Group, Row, RowError, Stage, StageContext
 from ipvg_ray.pipeline.store import FencedError, Store, batch_digest, failures_table, row_seed
 from ipvg_ray.pipeline.turns import Turns
 from ipvg_ray.storage import StorageError
@@ -39,6 +39,14 @@ from ipvg_ray.storage import StorageError
 
 class WorkerStartError(UserError):
     """A stage's worker cannot start; the run cannot go on."""
+
+
+class Ranked(Group, Protocol):
+    """A group whose ranks can be started."""
+
+    def start(self) -> None:
+        """Make the ranks, which load their models. Raises what they raise."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class Worker:
         who: this process, as the ledger knows it.
         last_words: what this process leaves when it dies, and ends it when a row takes too long; without it no time
             limit holds.
+        group: the ranks that it leads, if any.
 
     Raises:
         WorkerStartError: where `setup` raises, or has taken its process down `max_deaths` times.
@@ -82,6 +91,7 @@ class Worker:
         ledger: Ledger,
         who: Who,
         last_words: LastWords | None = None,
+        group: Ranked | None = None,
     ) -> None:
         self.spec = spec
         self.step = spec.step
@@ -96,9 +106,9 @@ class Worker:
             where = f"{self.store.run_dir} is not seen on {os.uname().nodename}, or another start has taken it over"
             raise WorkerStartError(f"{where}; put run directory and models on storage that all nodes share")
         self.journal = Journal(self.store, self.stage.name)
-        self._setup(device)
+        self._setup(device, group)
 
-    def _setup(self, device: str) -> None:
+    def _setup(self, device: str, group: Ranked | None) -> None:
         name, asks = self.stage.name, self.stage.resources()
         died, restarts = self.ledger.begin_setup(name, self.who)
         if len(died) >= self.spec.max_deaths:
@@ -110,8 +120,11 @@ class Worker:
         if restarts > 2 * (self.spec.max_deaths + 1) * asks.max_workers * asks.concurrency:
             raise WorkerStartError(f"{name}'s workers died {restarts} times without one batch coming to an end")
         try:
+            if group:
+                group.start()
             scratch = RunScratch(self.store, f"{name}-{self.spec.fingerprint}")
-            self.stage.setup(StageContext(device, asks.threads, self.store, str(self.store.run_dir), scratch))
+            run_dir = str(self.store.run_dir)
+            self.stage.setup(StageContext(device, asks.threads, self.store, run_dir, scratch, group))
         except Exception as error:
             raise WorkerStartError(f"{name} cannot start: {error}") from error
         finally:

@@ -1,0 +1,292 @@
+"""Groups: a worker that leads one rank process per card, all working on one row at a time.
+
+The worker is the Ray Data actor; it holds the cards, and its ranks are child actors that hold none and are told which
+card is theirs. Ranks talk to each other through torch.distributed. A peer that is gone leaves the others waiting in
+NCCL or gloo for up to half an hour, so nobody waits for that: the leader looks at all of them, and when one dies,
+raises alone, or none of them gets any further, it ends every rank's process and makes the group anew.
+
+Nothing of a group outlives its leader: each rank holds a connection to it, and ends itself when that breaks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from ipvg_ray.pipeline.places import in_order_of_nodes
+from ipvg_ray.pipeline.processes import Processes
+from ipvg_ray.pipeline.stage import RankContext, Ranks, RowError
+
+logger = logging.getLogger(__name__)
+
+BUILD_SECONDS = 1800.0
+"""In which a group must be made, its models loaded; large checkpoints on slow storage take minutes."""
+_LOOK_SECONDS = 1.0
+"""How often the leader asks its ranks how far they are, while none has ended."""
+_GRACE_SECONDS = 3.0
+"""In which the other ranks must raise too, once one has: then it was the row, and not one rank's own trouble."""
+_PEER_SECONDS = 24 * 3600.0
+"""torch.distributed's own limit for a collective; far off, since the leader is quicker."""
+_INHERITED = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENCV_FOR_THREADS_NUM",
+    "TOKENIZERS_PARALLELISM",
+    "HF_HUB_OFFLINE",
+)
+
+
+class GroupBrokenError(Exception):
+    """The ranks cannot go on together; the message says which one was the first and why."""
+
+
+@ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"watch": 1})
+class _Rank:
+    """One rank's process. Only methods of the group `watch` are answered while it works."""
+
+    def __init__(self, rank: int, ranks: int, env: dict[str, str], lifeline: tuple[str, int]) -> None:
+        os.environ.update(env)  # before torch is imported, which reads the cards and the threads once
+        self.rank, self.ranks = rank, ranks
+        self.steps, self.words = 0, "starting"
+        self.target: Any = None
+        connection = socket.create_connection(lifeline, timeout=60)
+        threading.Thread(target=_die_with, args=(connection,), daemon=True).start()
+
+    def bind(self, host: str) -> tuple[str, int]:
+        """Open the store through which the ranks find each other, on a port that the kernel picks; rank 0 alone."""
+        import torch.distributed as dist
+
+        self.store = dist.TCPStore(host, 0, self.ranks, is_master=True, wait_for_workers=False)
+        return host, self.store.port
+
+    def setup(self, make: Callable[[RankContext], Any], store: tuple[str, int], device: str, threads: int) -> None:
+        """Meet the others and make the object that works."""
+        from datetime import timedelta
+
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(threads)
+        met = self.store if self.rank == 0 else dist.TCPStore(*store, self.ranks, is_master=False)
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            store=met,
+            rank=self.rank,
+            world_size=self.ranks,
+            timeout=timedelta(seconds=_PEER_SECONDS),
+            device_id=torch.device("cuda", 0) if device == "cuda" else None,
+        )
+        self.target = make(RankContext(self.rank, self.ranks, device, threads, self._alive))
+
+    def call(self, method: str, args: tuple[Any, ...]) -> Any:
+        """Call a method of the object; only rank 0's answer travels."""
+        self._alive(method)
+        answer = getattr(self.target, method)(*args)
+        return answer if self.rank == 0 else None
+
+    def _alive(self, words: str) -> None:
+        self.steps, self.words = self.steps + 1, words
+
+    @ray.method(concurrency_group="watch")
+    def progress(self) -> tuple[int, str]:
+        return self.steps, self.words
+
+    @ray.method(concurrency_group="watch")
+    def process(self) -> tuple[int, str]:
+        """Its process id and its node's address."""
+        return os.getpid(), ray.util.get_node_ip_address()
+
+
+def _die_with(leader: socket.socket) -> None:
+    """End this process when the leader's does: the kernel then closes the connection, however it ended."""
+    leader.settimeout(None)
+    leader.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # for a leader whose whole node is lost
+    try:
+        leader.recv(1)
+    finally:
+        os._exit(1)
+
+
+class LedGroup:
+    """A leader's ranks; see `ipvg_ray.pipeline.stage.Group`. Made and used in the leader's process alone.
+
+    Args:
+        asked: what the stage wants.
+        device: of the ranks, `cuda` or `cpu`.
+        threads: that each may use.
+        place: where groups may span nodes, the placement group with a bundle for each rank.
+    """
+
+    def __init__(self, asked: Ranks, device: str, threads: int, place: Any = None) -> None:
+        self.asked = asked
+        self.device = device
+        self.threads = threads
+        self.place = place
+        self.ranks: list[Any] = []
+        self.lifelines: list[socket.socket] = []
+        self.processes = Processes()
+        self.builds = 0
+
+    def start(self) -> None:
+        """Make the ranks, unless they stand. Raises what all raise alike, and GroupBrokenError as `run` bounds it."""
+        for left in reversed(range(self.asked.rebuilds + 1)):
+            try:
+                return self._stand()
+            except GroupBrokenError as error:
+                logger.warning("a group of %d ranks could not start: %s", self.asked.size, error)
+                if not left:
+                    raise
+        raise AssertionError("unreachable")
+
+    def run(self, method: str, *args: Any) -> Any:
+        words = []
+        for _ in range(self.asked.rebuilds + 1):
+            try:
+                self._stand()
+                packed = ray.put(args)  # one copy for all ranks
+                return self._all([rank.call.remote(method, packed) for rank in self.ranks], self.asked.stall_s)
+            except GroupBrokenError as error:
+                logger.warning("a group of %d ranks is made anew: %s", self.asked.size, error)
+                words.append(str(error))
+                self.close()
+        times = f"{len(words)} times" if len(words) > 1 else "once"
+        raise RowError(
+            "group_lost", f"the group that worked on this row was lost {times}, the last time so: {words[-1]}"
+        )
+
+    def close(self) -> None:
+        """End every rank's process, and come back when they are gone and their cards free."""
+        for rank in self.ranks:
+            ray.kill(rank, no_restart=True)
+        for lifeline in self.lifelines:
+            lifeline.close()
+        self.processes.end()
+        self.ranks, self.lifelines = [], []
+
+    # -- making it -------------------------------------------------------------------------------------------------
+
+    def _stand(self) -> None:
+        if self.ranks:
+            return
+        self.builds += 1
+        try:
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+
+    def _build(self) -> None:
+        host = ray.util.get_node_ip_address() if self.asked.across_nodes else "127.0.0.1"
+        with socket.create_server((host, 0), backlog=self.asked.size) as door:
+            self.ranks = [
+                _Rank.options(**options).remote(i, self.asked.size, env, door.getsockname())
+                for i, (options, env) in enumerate(self._places())
+            ]
+            told = self._all([rank.process.remote() for rank in self.ranks], limit_s=BUILD_SECONDS, every=True)
+            self.lifelines = [door.accept()[0] for _ in self.ranks]
+        if not self.asked.across_nodes:
+            self.processes.watch([pid for pid, _ in told])
+        first = told[0][1] if self.asked.across_nodes else host
+        store = self._all([self.ranks[0].bind.remote(first)], limit_s=BUILD_SECONDS)
+        setups = [rank.setup.remote(self.asked.make, store, self.device, self.threads) for rank in self.ranks]
+        self._all(setups, limit_s=BUILD_SECONDS)
+
+    def _places(self) -> list[tuple[dict[str, Any], dict[str, str]]]:
+        """For each rank Ray's options that put it in its place, and its environment."""
+        env = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+        if self.place is not None:
+            unit = {"num_gpus": 1} if self.device == "cuda" else {}
+            return [
+                ({"scheduling_strategy": PlacementGroupSchedulingStrategy(self.place, bundle), **unit}, env)
+                for bundle in in_order_of_nodes(self.place)
+            ]
+        here = ray.get_runtime_context()
+        strategy = NodeAffinitySchedulingStrategy(here.get_node_id(), soft=False)
+        if self.device != "cuda":
+            return [({"scheduling_strategy": strategy}, env)] * self.asked.size
+        cards = here.get_accelerator_ids()["GPU"]
+        if len(cards) != self.asked.size:
+            raise ValueError(f"a group of {self.asked.size} ranks has {len(cards)} cards; pool.gpus must be the same")
+        return [({"scheduling_strategy": strategy}, {**env, "CUDA_VISIBLE_DEVICES": str(card)}) for card in cards]
+
+    # -- waiting for it --------------------------------------------------------------------------------------------
+
+    def _all(self, refs: Sequence[Any], stall_s: float = 0.0, limit_s: float = 0.0, every: bool = False) -> Any:
+        """What the first rank answers, or every rank, once all have.
+
+        Raises:
+            GroupBrokenError: as soon as one dies, or raises without the others, or none has moved for `stall_s`, or
+                `limit_s` have passed.
+            Exception: what all raised.
+        """
+        number = {ref: i for i, ref in enumerate(refs)}
+        answers: dict[int, Any] = {}
+        raised: dict[int, Exception] = {}
+        pending, watch, started = list(refs), _Watch(stall_s), time.monotonic()
+        grace = float("inf")
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=_LOOK_SECONDS)
+            for ref in done:
+                try:
+                    answers[number[ref]] = ray.get(ref)
+                except ray.exceptions.RayTaskError as error:
+                    raised[number[ref]] = error
+                    grace = min(grace, time.monotonic() + _GRACE_SECONDS)
+                except ray.exceptions.RayError as error:
+                    raise GroupBrokenError(f"rank {number[ref]} died: {_line(error)}") from error
+            if not done and stall_s and not raised:
+                watch.look(self._progress())
+            if limit_s and time.monotonic() - started > limit_s:
+                raise GroupBrokenError(f"its ranks did not stand within {limit_s:g} s")
+            if pending and time.monotonic() > grace:
+                break
+        if raised:
+            first, error = next(iter(raised.items()))
+            if len(raised) == len(refs):
+                raise getattr(error, "cause", None) or error
+            raise GroupBrokenError(f"rank {first} raised, and others did not: {_line(error)}") from error
+        return [answers[i] for i in range(len(refs))] if every else answers[0]
+
+    def _progress(self) -> list[tuple[int, str] | None]:
+        """How far each rank is; None for those that do not answer."""
+        asked = [rank.progress.remote() for rank in self.ranks]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_LOOK_SECONDS)
+        found: list[tuple[int, str] | None] = []
+        for ref in asked:
+            try:
+                found.append(ray.get(ref) if ref in answered else None)
+            except ray.exceptions.RayError:
+                found.append(None)  # its death is told by the call that it has in work
+        return found
+
+
+class _Watch:
+    """Notices when nothing has changed for so many seconds."""
+
+    def __init__(self, stall_s: float) -> None:
+        self.stall_s = stall_s
+        self.seen: Any = None
+        self.since = time.monotonic()
+
+    def look(self, progress: list[tuple[int, str] | None]) -> None:
+        """Raises GroupBrokenError where it has been the same for too long."""
+        if progress != self.seen:
+            self.seen, self.since = progress, time.monotonic()
+        elif time.monotonic() - self.since > self.stall_s:
+            stood = ", ".join(f"{i}: {p[1] if p else 'no answer'}" for i, p in enumerate(progress))
+            raise GroupBrokenError(f"no rank got any further for {self.stall_s:g} s ({stood})")
+
+
+def _line(error: BaseException) -> str:
+    """The last line of what an error says of itself."""
+    cause = getattr(error, "cause", None) or error
+    lines = str(cause).strip().splitlines() or [""]
+    return f"{type(cause).__name__}: {lines[-1].strip()[:300]}"

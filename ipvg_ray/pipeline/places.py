@@ -1,0 +1,96 @@
+"""Room for groups that span nodes: placement groups, made and removed by the driver.
+
+Made by a worker they would outlive it for as long as the job lasts, and hold their cards; so the driver makes one for
+each worker that a stage may have, and a worker that comes takes one that is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+from ipvg_ray.pipeline.plan import Step
+
+_ASK_SECONDS = 2.0
+
+
+@ray.remote(num_cpus=0)
+class _Places:
+    """Which worker of a stage has which placement group."""
+
+    def __init__(self, places: list[Any]) -> None:
+        self.free = places
+        self.held: dict[str, tuple[Any, Any]] = {}
+
+    def claim(self, worker: str, handle: Any) -> Any:
+        """A placement group for this worker: after a restart its own again, else a free one, or a dead worker's.
+
+        None where all are held by workers that live.
+        """
+        if worker not in self.held:
+            dead = next((w for w, (_, h) in self.held.items() if _dead(h)), None) if not self.free else None
+            if not self.free and dead is None:
+                return None
+            self.held[worker] = (self.held.pop(dead)[0] if dead else self.free.pop(), handle)
+        return self.held[worker][0]
+
+
+def _dead(worker: Any) -> bool:
+    """Whether this actor is gone for good; one that works does not answer, and lives."""
+    done, _ = ray.wait([worker.__ray_ready__.remote()], timeout=_ASK_SECONDS)
+    try:
+        ray.get(done)
+    except ray.exceptions.ActorDiedError:
+        return True
+    except ray.exceptions.RayError:
+        return False
+    return False
+
+
+@contextmanager
+def places(steps: Sequence[Step]) -> Iterator[dict[str, Any]]:
+    """For each step whose groups may span nodes, the actor that gives its workers their places.
+
+    The placement groups are removed at the end, however it comes; a driver that is killed takes them with it.
+    """
+    made: list[Any] = []
+    offices: dict[str, Any] = {}
+    try:
+        for step in steps:
+            ranks, asks = step.stage.ranks(), step.stage.resources()
+            if ranks is None or not ranks.across_nodes:
+                continue
+            bundle = {"GPU": 1.0} if asks.gpus else {"CPU": max(asks.cpus, 0.01)}
+            own = [placement_group([bundle] * ranks.size, strategy="PACK") for _ in range(asks.max_workers)]
+            made += own
+            offices[step.name] = _Places.remote(own)  # type: ignore[attr-defined]
+        yield offices
+    finally:
+        for office in offices.values():
+            ray.kill(office)
+        for place in made:
+            remove_placement_group(place)
+
+
+def claimed(office: Any) -> Any:
+    """This worker's placement group, once its cards are there; waits for nodes as long as it takes.
+
+    Raises:
+        RuntimeError: where other workers hold all there are.
+    """
+    here = ray.get_runtime_context()
+    place = ray.get(office.claim.remote(here.get_actor_id(), here.current_actor))
+    if place is None:
+        raise RuntimeError("there are more workers than places for their groups")
+    ray.get(place.ready())
+    return place
+
+
+def in_order_of_nodes(place: Any) -> list[int]:
+    """The bundles' numbers, those of one node side by side, so that neighbouring ranks share a node."""
+    nodes = placement_group_table(place)["bundles_to_node_id"]
+    return sorted(nodes, key=lambda bundle: (nodes[bundle], bundle))
