@@ -81,7 +81,7 @@ def test_a_failed_rank_costs_one_more_try(
 
 
 def test_what_all_ranks_raise_is_the_row_s_fault(shared_leader: tuple[ray.actor.ActorHandle, Path]) -> None:
-    leader, folder = shared_leader
+    leader, _ = shared_leader
     answer(leader, 1)
     before = ray.get(leader.builds.remote())
     with pytest.raises(ValueError, match="no such picture"):
