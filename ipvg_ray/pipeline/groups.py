@@ -133,6 +133,7 @@ class LedGroup:
         self.ranks: list[Any] = []
         self.lifelines: list[socket.socket] = []
         self.processes = Processes()
+        self.turn = threading.Lock()
         self.builds = 0
 
     def start(self) -> None:
@@ -147,6 +148,10 @@ class LedGroup:
         raise AssertionError("unreachable")
 
     def run(self, method: str, *args: Any) -> Any:
+        with self.turn:  # a worker with several batches in work calls from several threads
+            return self._run(method, args)
+
+    def _run(self, method: str, args: tuple[Any, ...]) -> Any:
         words = []
         for _ in range(self.asked.rebuilds + 1):
             try:

@@ -63,11 +63,18 @@ def _lacking(steps: Sequence[Step], there: dict[str, float], cards: Sequence[flo
         for kind, need in wanted.items()
         if need > there.get(kind, 0) + 1e-6
     ]
-    if not short and not _pack([p.gpus for p in pools for _ in range(p.min_workers)], cards):
+    if not short and not _pack([ask for step in steps for ask in _card_asks(step)], cards):
         short.append(f"GPU shares that do not fit whole into {sum(cards):g} cards")
     types = {p.accelerator_type for p in pools if p.accelerator_type}
     short += [f"a card of type {t}, and there is none" for t in sorted(types) if not there.get(f"accelerator_type:{t}")]
     return " and ".join(short)
+
+
+def _card_asks(step: Step) -> list[float]:
+    """What a step's smallest pool asks of cards, in portions that must each lie on one node."""
+    asks, ranks = step.stage.resources(), step.stage.ranks()
+    portions = [1.0] * int(asks.gpus) if ranks and ranks.across_nodes else [asks.gpus]
+    return portions * asks.min_workers
 
 
 def _pack(asks: Sequence[float], nodes: Sequence[float]) -> bool:
