@@ -192,12 +192,12 @@ def gathered_unequal(part: torch.Tensor, sizes: Sequence[int], axis: Axis, dim: 
     return torch.cat([piece.narrow(dim, 0, size) for piece, size in zip(pieces, sizes, strict=True)], dim=dim)
 
 
-def agreed(value: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """The mean of a number over the ranks that share a sequence, for choices that they must make alike."""
+def summed(values: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """Numbers added up, in place, over the ranks that share a sequence, for choices that they must make alike."""
     for axis in (mesh.ulysses, mesh.ring):
         if axis.size > 1:
-            dist.all_reduce(value, group=axis.group)
-    return value / (mesh.ulysses.size * mesh.ring.size)
+            dist.all_reduce(values, group=axis.group)
+    return values
 
 
 def split_branches(evaluate: Evaluate, axis: Axis) -> Evaluate:

@@ -1,0 +1,181 @@
+"""A Wan model as the configuration wants it, loaded and ready: samples in, frames out; alone, or as one rank of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ipvg_ray.models.wan import load, speed, tiles
+from ipvg_ray.models.wan.autoencoder import Autoencoder
+from ipvg_ray.models.wan.cache import FirstBlock, TaylorSeer
+from ipvg_ray.models.wan.errors import WanError
+from ipvg_ray.models.wan.guidance import Cfg, Guidance, Step, Tpige, Window
+from ipvg_ray.models.wan.loop import Denoiser, LoopState, evaluate_in_turn, evaluate_together
+from ipvg_ray.models.wan.parallel import Layout, Mesh, split_branches, split_transformer, summed
+from ipvg_ray.models.wan.state import Keeper, Place, name_of
+from ipvg_ray.models.wan.tasks import TASKS, Size
+from ipvg_ray.models.wan.video import Sample, VideoModel
+from ipvg_ray.models.wan.weights import place
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ipvg_ray.config import VideoConfig
+
+
+class VideoMaker:
+    """Makes batches of videos.
+
+    Args:
+        section: the configuration's.
+        folder: the checkpoint's.
+        device: `cuda` or `cpu`.
+        mesh: this process's place among the ranks that make each video together; all then make the same calls.
+        alive: called with a few words as the work goes on.
+
+    Raises:
+        WanError, ParallelError: for a folder without the model, and for a model that cannot be split.
+    """
+
+    def __init__(
+        self,
+        section: VideoConfig,
+        folder: Path,
+        device: str,
+        *,
+        mesh: Mesh | None = None,
+        alive: Callable[[str], None] = lambda words: None,
+    ) -> None:
+        self.section = section
+        self.alive = alive
+        self.first_rank = mesh is None or mesh.everyone.rank == 0
+        task, weights = TASKS[section.task], section.group.weights
+        parts = load.load(
+            folder,
+            task,
+            dtype=getattr(torch, section.dtype),
+            device=device if weights == "whole" else "cpu",
+            shift=section.shift,
+        )
+        parts.vae.to(device)
+        attention = section.attention
+        if attention == "auto":  # the weights may not be where they are to work
+            attention = speed.best_attention(torch.cuda.get_device_capability() if device == "cuda" else None)
+        speed.speed_up(parts.transformers, attention=attention, compiled=section.compile, storage=section.storage)
+        self.caches = [self._cache(transformer, mesh) for transformer in parts.transformers]
+        evaluate = evaluate_together if section.branches == "together" else evaluate_in_turn
+        decode = None
+        if mesh is not None:
+            evaluate, vae, everyone = split_branches(evaluate, mesh.cfg), parts.vae, mesh.everyone
+            decode = lambda latents: tiles.decode(vae, latents, everyone)  # noqa: E731 - as short as its use
+        for transformer in parts.transformers:
+            place(transformer, weights, device, mesh)
+            if mesh is not None:
+                split_transformer(transformer, mesh)
+        denoiser = Denoiser(
+            parts.transformers,
+            parts.scheduler,
+            boundary=section.boundary if task.experts == 2 else None,
+            evaluate=evaluate,
+            reset=self.reset,
+        )
+        self.video = VideoModel(task, denoiser, Autoencoder(parts.vae, decode), scale=section.conditioning_scale)
+
+    def make(
+        self, samples: Sequence[Sample], negative: Tensor | None, kept: Place | None = None
+    ) -> list[np.ndarray | WanError]:
+        """Frames of one batch, RGB, uint8, (F, H, W, 3) each, or why there are none.
+
+        Args:
+            negative: states of the negative prompt, (tokens, channels).
+            kept: where states are kept for another worker to go on from, as often as the configuration says.
+        """
+        try:
+            latents = self._denoised(samples, negative, kept)
+        except WanError as error:
+            return [error] * len(samples)
+        made: list[np.ndarray | WanError] = []
+        for one in latents.split(1):
+            self.alive("decoding")
+            try:
+                made.append(self.video.decode(one))
+            except WanError as error:
+                made.append(error)
+        return made
+
+    def reset(self) -> None:
+        """Empty the caches."""
+        for cache in self.caches:
+            if cache is not None:
+                cache.reset()
+
+    def _denoised(self, samples: Sequence[Sample], negative: Tensor | None, kept: Place | None) -> Tensor:
+        section = self.section
+        size = Size(section.frames, section.height, section.width)
+        job = (samples, negative, size, guidance(section), section.steps)
+        if not section.save_every or kept is None:
+            return self.video.denoise(*job, on_step=self._tell)
+        own = kept if self.first_rank else _ReadOnly(kept)
+        device = self.video.autoencoder.device
+        keeper = Keeper(own, name_of(samples, negative), section.save_every, device, self.reset)
+
+        def on_step(step: Step, state: LoopState) -> None:
+            self._tell(step, state)
+            keeper.on_step(step, state)
+
+        latents = self.video.denoise(*job, on_step=on_step, start=keeper.start())
+        keeper.forget()
+        return latents
+
+    def _tell(self, step: Step, state: LoopState) -> None:
+        self.alive(f"step {state.done} of {step.count}")
+
+    def _cache(self, transformer: Any, mesh: Mesh | None) -> Any:
+        cache = self.section.cache
+        if cache.kind == "none":
+            return None
+        if cache.kind == "taylorseer":
+            return TaylorSeer(transformer, cache.interval, cache.start)
+        agree = (lambda sums: sums) if mesh is None else (lambda sums: summed(sums, mesh))
+        return FirstBlock(transformer, cache.threshold, cache.start, cache.max_skips, agree)
+
+
+def guidance(section: VideoConfig) -> Guidance:
+    """The configured guidance."""
+    cfg = Cfg(section.guidance, section.guidance_low, Window(section.guidance_start, section.guidance_end))
+    if section.guide == "cfg":
+        return cfg
+    tpige = section.tpige
+    return Tpige(cfg, tpige.scale, tpige.mode, tpige.skip, Window(tpige.start, tpige.end))
+
+
+class VideoRank:
+    """What each rank of a group holds; `context` as `ipvg_ray.pipeline.stage.RankContext` describes it."""
+
+    def __init__(self, section: VideoConfig, folder: Path, context: Any) -> None:
+        group = section.group
+        mesh = Mesh(Layout(group.cfg, group.ring, group.ulysses), context.device)
+        self.maker = VideoMaker(section, folder, context.device, mesh=mesh, alive=context.alive)
+
+    def make(
+        self, samples: Sequence[Sample], negative: Tensor | None, kept: Place | None
+    ) -> list[np.ndarray | WanError]:
+        """See `VideoMaker.make`."""
+        return self.maker.make(samples, negative, kept)
+
+
+class _ReadOnly:
+    """The place of states as ranks see it that are not the first: all go on from a state, one keeps it."""
+
+    def __init__(self, kept: Place) -> None:
+        self.read = kept.read
+
+    def write(self, name: str, data: bytes) -> None:
+        pass
+
+    def remove(self, name: str) -> None:
+        pass
