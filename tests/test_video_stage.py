@@ -221,7 +221,7 @@ def test_bad_rows_fail_alone(models: Path, tmp_path: Path, row: Any) -> None:
 def test_nan_is_a_failed_row_and_no_file(models: Path, tmp_path: Path, row: Any) -> None:
     stage = started(models, tmp_path)
     with torch.no_grad():
-        stage._video.denoiser.transformers[0].proj_out.bias[0] = torch.nan
+        stage._maker.video.denoiser.transformers[0].proj_out.bias[0] = torch.nan
     (result,) = stage.process([row()])
     assert isinstance(result, RowError)
     assert result.kind == "bad_video"
@@ -244,8 +244,8 @@ def test_frames_are_encoded_while_the_next_row_is_made(
 ) -> None:
     """The encoder waits for the second row's denoising: in turn, this would never end."""
     stage, begun, encode = started(models, tmp_path), threading.Semaphore(0), videos.encode_mp4
-    denoise = stage._video.denoise
-    monkeypatch.setattr(stage._video, "denoise", lambda *a, **k: (begun.release(), denoise(*a, **k))[1])
+    denoise = stage._maker.video.denoise
+    monkeypatch.setattr(stage._maker.video, "denoise", lambda *a, **k: (begun.release(), denoise(*a, **k))[1])
 
     def waiting(*arguments: Any, **options: Any) -> bytes:
         assert all(begun.acquire(timeout=60) for _ in range(2)), "the second row was not begun meanwhile"
@@ -258,8 +258,8 @@ def test_frames_are_encoded_while_the_next_row_is_made(
 
 def test_settings_reach_the_model(models: Path, tmp_path: Path, row: Any) -> None:
     stage = started(models, tmp_path, shift=5.0, dtype="bfloat16", conditioning_scale=0.25, guide="tpige")
-    transformer = stage._video.denoiser.transformers[0]
-    assert stage._video.denoiser.scheduler().config.flow_shift == 5.0
+    transformer = stage._maker.video.denoiser.transformers[0]
+    assert stage._maker.video.denoiser.scheduler().config.flow_shift == 5.0
     assert transformer.dtype == torch.bfloat16
     scales = []
     transformer.register_forward_pre_hook(
@@ -274,7 +274,7 @@ def test_caches_leave_forwards_out(kind: str, models: Path, tmp_path: Path, row:
     cache = {"kind": kind, "threshold": 10.0, "start": 2, "interval": 3}
     stage = started(models, tmp_path, steps=6, cache=cache)
     calls: list[int] = []
-    stage._video.denoiser.transformers[0].blocks[3].ffn.register_forward_pre_hook(lambda *_: calls.append(1))
+    stage._maker.video.denoiser.transformers[0].blocks[3].ffn.register_forward_pre_hook(lambda *_: calls.append(1))
     first = stage.process([row()])[0]
     assert 0 < len(calls) < 2 * 6
     assert stage.process([row()])[0] == first, "the second video begins without memories of the first"
@@ -333,7 +333,7 @@ def test_the_video_worker_holds_no_text_encoder(models: Path, tmp_path: Path) ->
 
     stage = started(models, tmp_path)
     assert stage._encoder is None
-    assert not any(isinstance(value, UMT5EncoderModel) for value in vars(stage._video).values())
+    assert not any(isinstance(value, UMT5EncoderModel) for value in vars(stage._maker.video).values())
 
 
 # -- surviving -------------------------------------------------------------------------------------------------------
@@ -360,20 +360,20 @@ def test_a_killed_video_goes_on_and_ends_in_the_same_bytes(
     undisturbed = started(models, tmp_path, Memory(), **video).process([row()])[0]
     scratch, calls = Memory(), []
     first = started(models, tmp_path, scratch, **video)
-    evaluate = first._video.denoiser.evaluate
+    evaluate = first._maker.video.denoiser.evaluate
 
     def dying(shared: Any, branches: Any) -> Any:
         if shared.step.index == 6:
             raise KilledError
         return evaluate(shared, branches)
 
-    first._video.denoiser.evaluate = dying
+    first._maker.video.denoiser.evaluate = dying
     with pytest.raises(KilledError):
         first.process([row()])
     assert len(scratch.kept) == 1
     second = started(models, tmp_path, scratch, **video)
-    evaluate = second._video.denoiser.evaluate
-    second._video.denoiser.evaluate = lambda shared, b: (calls.append(shared.step.index), evaluate(shared, b))[1]
+    evaluate = second._maker.video.denoiser.evaluate
+    second._maker.video.denoiser.evaluate = lambda shared, b: (calls.append(shared.step.index), evaluate(shared, b))[1]
     assert second.process([row()])[0] == undisturbed
     assert calls == [6, 7, 8, 9]
     assert len(calls) == again

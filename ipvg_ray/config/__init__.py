@@ -20,6 +20,7 @@ from ipvg_ray.config.dataset import DatasetConfig, ModelsConfig
 from ipvg_ray.config.evaluate import EvaluateConfig
 from ipvg_ray.config.faces import FacesConfig, MattingConfig
 from ipvg_ray.config.first_frame import FirstFrameConfig
+from ipvg_ray.config.group import GroupConfig
 from ipvg_ray.config.prompts import EndpointConfig, PromptsConfig, VllmConfig
 from ipvg_ray.config.video import TextStatesConfig, VideoConfig
 
@@ -32,6 +33,7 @@ __all__ = [
     "EvaluateConfig",
     "FacesConfig",
     "FirstFrameConfig",
+    "GroupConfig",
     "MattingConfig",
     "ModelsConfig",
     "PoolConfig",

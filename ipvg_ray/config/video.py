@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ipvg_ray.config.base import DType, Section, StageSection, Unit, multiple
+from ipvg_ray.config.group import GroupConfig
 
 TaskName = Literal["vace-i2v", "vace-r2v", "vace-i2v+ref", "ti2v-5B", "i2v-A14B"]
 
@@ -103,6 +104,7 @@ class VideoConfig(StageSection):
     attention: str = "auto"
     compile: bool = False
     cache: CacheConfig = CacheConfig()
+    group: GroupConfig = GroupConfig()
     crf: int = Field(18, ge=0, le=51)
     encoder: Literal["x264", "nvenc", "auto"] = "x264"
     negative_prompt: str = (
@@ -134,3 +136,23 @@ class VideoConfig(StageSection):
         if self.cache.kind != "none" and self.compile:
             raise ValueError("compile and cache exclude each other: a block that is compiled whole asks no cache")
         return self
+
+    @model_validator(mode="after")
+    def _fits_the_group(self) -> VideoConfig:
+        group, cards = self.group, self.pool.gpus
+        if group.gpus > 1 and cards not in (0, 1, group.gpus):
+            raise ValueError(f"pool.gpus is {cards:g} and group.gpus {group.gpus}; leave pool.gpus at 1: it follows")
+        if group.cfg > self.most_branches:
+            raise ValueError(f"group.cfg is {group.cfg}, and a step has {self.most_branches} branches at most")
+        if group.ring * group.ulysses > 1 and self.guide == "tpige" and 0 in self.tpige.skip:
+            raise ValueError("tpige.skip leaves out block 0, where ring and ulysses ranks part the tokens")
+        if group.ring > 1 and self.compile:
+            raise ValueError("compile cannot follow keys and values around a ring: use ulysses, or compile: false")
+        if group.weights != "whole" and self.storage == "fp8":
+            raise ValueError(f"storage fp8 and group.weights {group.weights} exclude each other")
+        return self
+
+    @property
+    def most_branches(self) -> int:
+        """Evaluations of the network that a step needs at most."""
+        return (2 if max(self.guidance, self.guidance_low or 0) > 1 else 1) + (self.guide == "tpige")

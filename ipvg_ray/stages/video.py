@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ipvg_ray.media import images
-from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
+from ipvg_ray.pipeline.stage import RankContext, Ranks, Resources, Row, RowError, Stage, StageContext
 from ipvg_ray.storage import run_path
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ipvg_ray.config import Config
-    from ipvg_ray.models.wan.guidance import Guidance
-    from ipvg_ray.models.wan.state import Keeper
+    from ipvg_ray.config import Config, VideoConfig
+    from ipvg_ray.models.wan.errors import WanError
     from ipvg_ray.models.wan.video import Sample
+
+    Make = Callable[..., Sequence[np.ndarray | WanError]]
 
 _STRIP_QUALITY = 85
 
@@ -53,9 +56,23 @@ class VideoStage(Stage):
     def models(self) -> Mapping[str, Path]:
         return {"model": self.config.models.path(self.config.video.model)}
 
+    def resources(self) -> Resources:
+        """On a pool with GPUs as many as the group has."""
+        asks, cards = super().resources(), self.config.video.group.gpus
+        return dataclasses.replace(asks, gpus=cards) if asks.gpus and cards > 1 else asks
+
+    def ranks(self) -> Ranks | None:
+        section = self.config.video
+        group = section.group
+        if group.gpus == 1:
+            return None
+        make = functools.partial(_make_rank, section, self.models()["model"])
+        return Ranks(group.gpus, make, group.across_nodes, group.stall_s, group.rebuilds)
+
     def fingerprint_settings(self) -> dict[str, Any]:
-        """Without how often the state is kept, unless a cache is emptied then."""
+        """Without how often the state is kept, unless a cache is emptied then, and without who shares the work."""
         settings = super().fingerprint_settings()
+        del settings["group"]
         if self.config.video.cache.kind == "none":
             del settings["save_every"]
         return settings
@@ -63,31 +80,21 @@ class VideoStage(Stage):
     def setup(self, context: StageContext) -> None:
         import torch
 
-        from ipvg_ray.models.wan import load, speed
-        from ipvg_ray.models.wan.autoencoder import Autoencoder
-        from ipvg_ray.models.wan.loop import Denoiser, evaluate_in_turn, evaluate_together
-        from ipvg_ray.models.wan.tasks import TASKS
-        from ipvg_ray.models.wan.video import VideoModel
-
         section, folder = self.config.video, self.models()["model"]
         torch.set_num_threads(context.threads)
-        task, dtype = TASKS[section.task], getattr(torch, section.dtype)
-        parts = load.load(folder, task, dtype=dtype, device=context.device, shift=section.shift)
-        speed.speed_up(
-            parts.transformers, attention=section.attention, compiled=section.compile, storage=section.storage
-        )
-        self._caches = [self._cache(transformer) for transformer in parts.transformers if section.cache.kind != "none"]
-        denoiser = Denoiser(
-            parts.transformers,
-            parts.scheduler,
-            boundary=section.boundary if task.experts == 2 else None,
-            evaluate=evaluate_together if section.branches == "together" else evaluate_in_turn,
-            reset=self._reset_caches,
-        )
-        self._video = VideoModel(task, denoiser, Autoencoder(parts.vae), scale=section.conditioning_scale)
+        if context.group is None:
+            from ipvg_ray.models.wan.maker import VideoMaker
+
+            self._maker = VideoMaker(section, folder, context.device)
+            self._make: Make = self._maker.make
+        else:
+            self._make = functools.partial(context.group.run, "make")
         self._encoder = None
         if section.text_in_worker:
-            self._encoder = load.load_text_encoder(folder, dtype=dtype, device=context.device)
+            from ipvg_ray.models.wan.load import load_text_encoder
+
+            dtype = getattr(torch, section.dtype)
+            self._encoder = load_text_encoder(folder, dtype=dtype, device=context.device)
         self._negatives: dict[str, Tensor] = {}
         self._context = context
         self._gpu = threading.Lock()
@@ -100,78 +107,34 @@ class VideoStage(Stage):
                 ready.append((place, self._sample(row)))
             except (RowError, images.ImageError) as error:
                 results[place] = _failure(error)
-        keepers: list[Keeper] = []
+        kept: list[str] = []
         with ThreadPoolExecutor(1) as encoding:
             for start in range(0, len(ready), self.config.video.together):
                 batch = ready[start : start + self.config.video.together]
-                made = self._made([rows[place] for place, _ in batch], [sample for _, sample in batch], keepers)
+                made = self._made([rows[place] for place, _ in batch], [sample for _, sample in batch], kept)
                 for (place, _), frames in zip(batch, made, strict=True):
                     if isinstance(frames, RowError):
                         results[place] = frames
                     else:
                         results[place] = encoding.submit(self._publish, rows[place], frames)
         finished = [result.result() if isinstance(result, Future) else result for result in results]
-        for keeper in keepers:
-            keeper.forget()
+        if self._context.scratch is not None:
+            for name in kept:
+                self._context.scratch.remove(name)
         return finished
 
     # -- on the GPU --------------------------------------------------------------------------------------------------
 
-    def _made(
-        self, rows: Sequence[Row], samples: Sequence[Sample], keepers: list[Keeper]
-    ) -> list[np.ndarray | RowError]:
-        """Frames of one batch, or why there are none; adds what keeps its state to `keepers`."""
+    def _made(self, rows: Sequence[Row], samples: Sequence[Sample], kept: list[str]) -> list[np.ndarray | RowError]:
+        """Frames of one batch, or why there are none; adds the name of its state to `kept`."""
         from ipvg_ray.models.wan.errors import WanError
+        from ipvg_ray.models.wan.state import name_of
 
         with self._gpu:
-            try:
-                latents = self._denoised(samples, self._negative(rows[0]), keepers)
-            except WanError as error:
-                return [RowError("bad_video", str(error))] * len(rows)
-            frames: list[np.ndarray | RowError] = []
-            for one in latents.split(1):
-                try:
-                    frames.append(self._video.decode(one))
-                except WanError as error:
-                    frames.append(RowError("bad_video", str(error)))
-            return frames
-
-    def _denoised(self, samples: Sequence[Sample], negative: Tensor, keepers: list[Keeper]) -> Tensor:
-        """Latents of a batch, from where another worker left it, where one did."""
-        from ipvg_ray.models.wan.state import Keeper, name_of
-        from ipvg_ray.models.wan.tasks import Size
-
-        section, scratch = self.config.video, self._context.scratch
-        size = Size(section.frames, section.height, section.width)
-        job = (samples, negative, size, self._guidance(), section.steps)
-        if not section.save_every or scratch is None:
-            return self._video.denoise(*job)
-        device = self._video.autoencoder.device
-        keeper = Keeper(scratch, name_of(samples, negative), section.save_every, device, self._reset_caches)
-        keepers.append(keeper)
-        return self._video.denoise(*job, on_step=keeper.on_step, start=keeper.start())
-
-    def _guidance(self) -> Guidance:
-        from ipvg_ray.models.wan.guidance import Cfg, Tpige, Window
-
-        section = self.config.video
-        cfg = Cfg(section.guidance, section.guidance_low, Window(section.guidance_start, section.guidance_end))
-        if section.guide == "cfg":
-            return cfg
-        tpige = section.tpige
-        return Tpige(cfg, tpige.scale, tpige.mode, tpige.skip, Window(tpige.start, tpige.end))
-
-    def _cache(self, transformer: Any) -> Any:
-        from ipvg_ray.models.wan.cache import FirstBlock, TaylorSeer
-
-        cache = self.config.video.cache
-        if cache.kind == "taylorseer":
-            return TaylorSeer(transformer, cache.interval, cache.start)
-        return FirstBlock(transformer, cache.threshold, cache.start, cache.max_skips)
-
-    def _reset_caches(self) -> None:
-        for cache in self._caches:
-            cache.reset()
+            negative = self._negative(rows[0])
+            kept.append(name_of(samples, negative))
+            made = self._make(samples, negative, self._context.scratch)
+        return [RowError("bad_video", str(one)) if isinstance(one, WanError) else one for one in made]
 
     # -- a row's inputs ----------------------------------------------------------------------------------------------
 
@@ -236,6 +199,12 @@ class VideoStage(Stage):
             "video_poster": images.encode(videos.poster(frames), "jpeg", _STRIP_QUALITY),
             "video_strip": images.encode(videos.strip(frames), "jpeg", _STRIP_QUALITY),
         }
+
+
+def _make_rank(section: VideoConfig, folder: Path, context: RankContext) -> Any:
+    from ipvg_ray.models.wan.maker import VideoRank
+
+    return VideoRank(section, folder, context)
 
 
 def _unfinished() -> RowError:

@@ -1,4 +1,4 @@
-"""A Wan model as the configuration wants it, loaded and ready: samples in, frames out; alone, or as one rank of a group."""
+"""A Wan model as the configuration wants it, loaded: samples in, frames out; alone, or as one rank of a group."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ class VideoMaker:
 
         Args:
             negative: states of the negative prompt, (tokens, channels).
-            kept: where states are kept for another worker to go on from, as often as the configuration says.
+            kept: where states are kept for another worker to go on from, as often as the configuration says; whoever
+                calls removes them (`state.name_of`) when the videos are safe.
         """
         try:
             latents = self._denoised(samples, negative, kept)
@@ -127,9 +128,7 @@ class VideoMaker:
             self._tell(step, state)
             keeper.on_step(step, state)
 
-        latents = self.video.denoise(*job, on_step=on_step, start=keeper.start())
-        keeper.forget()
-        return latents
+        return self.video.denoise(*job, on_step=on_step, start=keeper.start())
 
     def _tell(self, step: Step, state: LoopState) -> None:
         self.alive(f"step {state.done} of {step.count}")
@@ -175,7 +174,4 @@ class _ReadOnly:
         self.read = kept.read
 
     def write(self, name: str, data: bytes) -> None:
-        pass
-
-    def remove(self, name: str) -> None:
         pass

@@ -32,8 +32,6 @@ class Place(Protocol):
 
     def write(self, name: str, data: bytes) -> None: ...
 
-    def remove(self, name: str) -> None: ...
-
 
 class Keeper:
     """Keeps the state of one batch. Give `on_step` to the loop and `start()` as where to start from.
@@ -71,10 +69,6 @@ class Keeper:
         if state.done % self.every == 0 and state.done < step.count:
             self.place.write(self.name, pack(state))
             self.reset()
-
-    def forget(self) -> None:
-        """The batch is finished or failed."""
-        self.place.remove(self.name)
 
 
 def pack(state: LoopState) -> bytes:
