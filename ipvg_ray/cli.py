@@ -311,6 +311,9 @@ def _print_plan(settings: config.Config, this: Any) -> None:
     for step in this.steps:
         for field, path in step.stage.models().items():
             out.print(f"  {step.name}.{field}: {path}", markup=False)
+    for step in this.steps:
+        for note in step.stage.notes():
+            out.print(f"{step.name}: {note}", markup=False, soft_wrap=True)
 
 
 def _conclude(run_dir: RunPath, result: Any) -> int:

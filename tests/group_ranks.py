@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from ipvg_ray.pipeline.groups import LedGroup
+from ipvg_ray.pipeline.places import claimed
 from ipvg_ray.pipeline.stage import RankContext, Ranks
 
 
@@ -91,8 +92,8 @@ class Leader:
     def builds(self) -> int:
         return self.group.builds
 
-    def close(self) -> None:
-        self.group.close()
+    def take_place(self, office: Any) -> None:
+        self.group.place = claimed(office)
 
     def cards(self) -> list[str]:
         """Which card each rank of a group on this worker's cards would see."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import ray
-from group_ranks import Leader, journal, pids
+from group_ranks import Adder, Leader, journal, pids
 from ray.util.placement_group import placement_group_table
 
-from ipvg_ray.pipeline.stage import RowError
+from ipvg_ray.pipeline.places import places
+from ipvg_ray.pipeline.stage import Ranks, Resources, RowError
 
 pytestmark = pytest.mark.slow
 STEPS = 4
@@ -48,6 +51,11 @@ def answer(leader: ray.actor.ActorHandle, seed: int, pause: float = 0.0) -> floa
 
 def alive(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def free() -> dict[str, float]:
+    """What Ray reports free."""
+    return {kind: ray.available_resources().get(kind, 0) for kind in ("CPU", "GPU")}
 
 
 def listening(process: psutil.Process) -> set[int]:
@@ -109,8 +117,7 @@ def test_large_arguments_travel(shared_leader: tuple[ray.actor.ActorHandle, Path
 
 def test_twenty_kills_leave_nothing_behind(cluster: None, tmp_path: Path) -> None:
     chance = random.Random(5)
-    assert wait_until(lambda: ray.available_resources() == ray.cluster_resources(), 10), "others still hold something"
-    free = ray.available_resources()
+    assert wait_until(lambda: free() == {"CPU": 4, "GPU": 4}, 10), "others still hold something"
     leader = Leader.options(num_gpus=2, num_cpus=1).remote(tmp_path)
     process = psutil.Process(ray.get(leader.start.remote()))
     answer(leader, 11)
@@ -144,7 +151,7 @@ def test_twenty_kills_leave_nothing_behind(cluster: None, tmp_path: Path) -> Non
     assert len(living) == 2
     ray.kill(leader)
     assert wait_until(lambda: not any(alive(pid) for pid in living), 10)
-    assert wait_until(lambda: ray.available_resources() == free, 10), ray.available_resources()
+    assert wait_until(lambda: free() == {"CPU": 4, "GPU": 4}, 10), free()
     assert not [place for place in placement_group_table().values() if place["state"] != "REMOVED"]
     print(f"the slowest of 20 next attempts started {worst:.1f} s after the kill")
 
@@ -156,7 +163,7 @@ def test_ranks_end_with_their_leader(cluster: None, tmp_path: Path) -> None:
     assert wait_until(lambda: any(e["event"] == "step" for e in journal(tmp_path)), 30)
     os.kill(pid, signal.SIGKILL)
     assert wait_until(lambda: not any(alive(rank) for rank in pids(tmp_path)), 5), "they outlive it"
-    assert wait_until(lambda: ray.available_resources().get("GPU") == 4, 10)
+    assert wait_until(lambda: free()["GPU"] == 4, 10)
 
 
 def test_each_rank_sees_one_card_of_its_leader(cluster: None, tmp_path: Path) -> None:
@@ -169,3 +176,33 @@ def test_each_rank_sees_one_card_of_its_leader(cluster: None, tmp_path: Path) ->
         ray.get(wrong.cards.remote())
     for leader in (first, second, wrong):
         ray.kill(leader)
+
+
+def test_a_group_that_spans_nodes_gives_its_place_back(cluster: None, tmp_path: Path) -> None:
+    make = functools.partial(Adder, tmp_path)
+    stage = SimpleNamespace(ranks=lambda: Ranks(2, make, True), resources=lambda: Resources(cpus=0.5, max_workers=1))
+    assert wait_until(lambda: free() == {"CPU": 4, "GPU": 4}, 10), "others still hold something"
+    with places([SimpleNamespace(name="led", stage=stage)]) as offices:
+        leader = Leader.remote(tmp_path, across_nodes=True)
+        ray.get(leader.take_place.remote(offices["led"]))
+        assert free()["CPU"] == 3, "half a core for each rank"
+        first = answer(leader, 5)
+        (tmp_path / "fail-1-1").write_text("kill")
+        assert answer(leader, 5) == first
+        other = Leader.remote(tmp_path, across_nodes=True)
+        with pytest.raises(RuntimeError, match="more workers than places"):
+            ray.get(other.take_place.remote(offices["led"]))
+        ray.kill(leader)
+        assert wait_until(lambda: taken(other, offices["led"]), 10), "a dead worker's place is free"
+        assert answer(other, 5) == first
+        ray.kill(other)
+    assert wait_until(lambda: free() == {"CPU": 4, "GPU": 4}, 10), free()
+    assert not [place for place in placement_group_table().values() if place["state"] != "REMOVED"]
+
+
+def taken(leader: ray.actor.ActorHandle, office: ray.actor.ActorHandle) -> bool:
+    try:
+        ray.get(leader.take_place.remote(office))
+    except RuntimeError:
+        return False
+    return True

@@ -226,6 +226,10 @@ class Stage(ABC):
         """What one worker asks of a machine, from the section's `pool`."""
         return Resources(**self.settings.pool.model_dump())
 
+    def notes(self) -> Sequence[str]:
+        """What a plan should say of this stage besides its pool; nothing is loaded for it."""
+        return ()
+
     def ranks(self) -> Ranks | None:
         """The group that each worker leads; None where it works alone. `resources` asks for the cards of all ranks."""
         return None

@@ -69,6 +69,21 @@ class VideoStage(Stage):
         make = functools.partial(_make_rank, section, self.models()["model"])
         return Ranks(group.gpus, make, group.across_nodes, group.stall_s, group.rebuilds)
 
+    def notes(self) -> Sequence[str]:
+        """Which layouts of cards make most videos an hour, and which a video soonest."""
+        if not self.settings.pool.gpus:
+            return ()
+        from ipvg_ray.models.wan import layouts
+
+        section, group = self.config.video, self.config.video.group
+        usual = {"ti2v-5B": "ti2v-5B", "i2v-A14B": "i2v-A14B"}.get(section.task, "vace-14B")
+        shape = layouts.read_shape(self.models()["model"], "vace-1.3B" if "1.3B" in section.model else usual)
+        size = (section.frames, section.height, section.width)
+        references = int(section.task in ("vace-r2v", "vace-i2v+ref"))
+        job = layouts.Job(shape, *size, section.steps, section.most_branches, references)
+        card = layouts.CARDS.get(section.pool.accelerator_type or "", layouts.CARDS["H100"])
+        return layouts.advice(job, card, max(8, group.gpus), (group.cfg, group.ring, group.ulysses))
+
     def fingerprint_settings(self) -> dict[str, Any]:
         """Without how often the state is kept, unless a cache is emptied then, and without who shares the work."""
         settings = super().fingerprint_settings()
