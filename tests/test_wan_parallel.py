@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import wan_ranks
 
+from ipvg_ray.config import VideoConfig
+from ipvg_ray.models.mini import wan_vace
 from ipvg_ray.models.wan import tiles
+from ipvg_ray.models.wan.cache import FirstBlock, TaylorSeer
 from ipvg_ray.models.wan.guidance import Cfg, Step, Tpige
 from ipvg_ray.models.wan.loop import Denoiser, evaluate_in_turn
+from ipvg_ray.models.wan.maker import VideoMaker
 from ipvg_ray.models.wan.parallel import (
     Axis,
     Layout,
@@ -19,6 +24,7 @@ from ipvg_ray.models.wan.parallel import (
     rotated,
     split_branches,
     split_transformer,
+    summed,
 )
 from ipvg_ray.models.wan.ring import attention_with_lse
 from ipvg_ray.models.wan.weights import place
@@ -164,3 +170,72 @@ def test_branches_dealt_to_ranks_equal_a_single_process(ranks: int, tmp_path: An
     for found in wan_ranks.on_ranks(_loop_errors, ranks, tmp_path, ranks):
         assert len(found) == len(BRANCHES[ranks]) * len(GUIDANCE)
         assert max(found.values()) < 1e-5, found
+
+
+def _cached_errors(rank: int) -> dict[str, tuple[float, int]]:
+    """Of loops with step caches: largest difference from a single process with the same cache, and steps left out."""
+    mesh, found = Mesh(Layout(ulysses=2), "cpu"), {}
+    for kind in ("first_block", "taylorseer"):
+        latents = []
+        for split in (False, True):
+            model = wan_ranks.transformer("vace")
+            agree = (lambda sums: summed(sums, mesh)) if split else (lambda sums: sums)
+            if kind == "first_block":
+                cache: Any = FirstBlock(model, 0.5, 2, 2, agree)
+            else:
+                cache = TaylorSeer(model, 2, 2)
+            if split:
+                split_transformer(model, mesh)
+            loop = Denoiser([model], wan_ranks.scheduler, reset=cache.reset)
+            latents.append(loop(wan_ranks.loop_inputs(), Cfg(5.0), 8))
+        skipped = cache.skipped if kind == "first_block" else 1
+        found[kind] = ((latents[1] - latents[0]).abs().max().item(), skipped)
+    return found
+
+
+@pytest.mark.slow
+def test_caches_under_a_split_sequence_equal_a_single_process(tmp_path: Any) -> None:
+    first, second = wan_ranks.on_ranks(_cached_errors, 2, tmp_path)
+    assert first == second, "ranks decide alike"
+    for error, skipped in first.values():
+        assert error < 1e-5
+        assert skipped > 0, "a cache that leaves nothing out proves nothing"
+
+
+def _compiled_error(rank: int) -> float:
+    mesh = Mesh(Layout(ulysses=2), "cpu")
+    model, given = wan_ranks.transformer("vace"), wan_ranks.inputs("vace", SIZES["odd"])
+    alone = model(**given)[0]
+    model.compile_repeated_blocks(fullgraph=True, backend="eager")
+    split_transformer(model, mesh)
+    return (model(**given)[0] - alone).abs().max().item()
+
+
+@pytest.mark.slow
+def test_split_blocks_compile_whole(tmp_path: Any) -> None:
+    """Traced only; generating code takes a compiler."""
+    assert max(wan_ranks.on_ranks(_compiled_error, 2, tmp_path)) < 1e-5
+
+
+def _maker_differences(rank: int, root: str) -> dict[str, int]:
+    """Levels by which frames of a whole task differ from those of one process."""
+    found = {}
+    for task, name in (("vace-i2v", "NAME"), ("ti2v-5B", "TI2V_NAME"), ("i2v-A14B", "A14B_NAME")):
+        model = getattr(wan_vace, name)
+        video = {"task": task, "model": model, "width": 96, "height": 64, "frames": 5, "steps": 3, "dtype": "float32"}
+        folder, work = Path(root) / model, wan_ranks.sample()
+        (alone,) = VideoMaker(VideoConfig(**video), folder, "cpu").make(*work)
+        for layout in (Layout(ulysses=2), Layout(cfg=2)):
+            section = VideoConfig(**video, group={"gpus": 2, "cfg": layout.cfg, "ulysses": layout.ulysses})
+            (frames,) = VideoMaker(section, folder, "cpu", mesh=Mesh(layout, "cpu")).make(*work)
+            found[f"{task} {layout}"] = int(abs(frames.astype(int) - alone).max())
+            assert alone.std() > 5, "a picture that says something"
+    return found
+
+
+@pytest.mark.slow
+def test_whole_videos_of_every_task_equal_those_of_one_process(tmp_path: Path) -> None:
+    wan_vace.make(tmp_path / "models")
+    for found in wan_ranks.on_ranks(_maker_differences, 2, tmp_path / "ranks", str(tmp_path / "models")):
+        assert len(found) == 6
+        assert max(found.values()) <= 1, f"rounding may tip a level: {found}"

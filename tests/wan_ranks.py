@@ -14,6 +14,8 @@ import torch.multiprocessing as mp
 
 from ipvg_ray.models.wan.conditions import VaceCondition
 from ipvg_ray.models.wan.loop import Inputs
+from ipvg_ray.models.wan.tasks import Pictures
+from ipvg_ray.models.wan.video import Sample
 
 TEXT = 32
 
@@ -133,3 +135,11 @@ def loop_inputs() -> Inputs:
     condition = VaceCondition(control, given["control_hidden_states"], references=0)
     text = given["encoder_hidden_states"]
     return Inputs(given["hidden_states"], condition, text, torch.zeros_like(text))
+
+
+def sample() -> tuple[list[Sample], torch.Tensor]:
+    """One sample and the negative prompt's states, for the miniatures."""
+    generator = torch.Generator().manual_seed(11)
+    picture = torch.randint(0, 255, (64, 96, 3), generator=generator, dtype=torch.uint8).numpy()
+    text, negative = torch.randn(2, 9, TEXT, generator=generator).unbind(0)
+    return [Sample(Pictures(first=picture), text, 5)], negative
