@@ -65,6 +65,8 @@ def places(steps: Sequence[Step]) -> Iterator[dict[str, Any]]:
             if ranks is None or not ranks.across_nodes:
                 continue
             bundle = {"GPU": 1.0} if asks.gpus else {"CPU": max(asks.cpus, 0.01)}
+            if asks.accelerator_type:
+                bundle[f"accelerator_type:{asks.accelerator_type}"] = 0.001
             own = [placement_group([bundle] * ranks.size, strategy="PACK") for _ in range(asks.max_workers)]
             made += own
             offices[step.name] = _Places.remote(own)  # type: ignore[attr-defined]

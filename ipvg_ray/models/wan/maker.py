@@ -54,6 +54,8 @@ class VideoMaker:
         self.alive = alive
         self.first_rank = mesh is None or mesh.everyone.rank == 0
         task, weights = TASKS[section.task], section.group.weights
+        if mesh is None and weights == "fsdp":  # a row that is run again outside of its group
+            weights = "whole"
         parts = load.load(
             folder,
             task,
