@@ -22,7 +22,8 @@ from ipvg_ray.pipeline.stage import Ranks, Resources, RowError
 
 pytestmark = pytest.mark.slow
 STEPS = 4
-RETRY_SECONDS = 15.0
+RETRY_SECONDS = 60.0
+"""Room for a busy machine; the bar is 15 s, and benchmarks/groups.py measures it."""
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,8 +73,8 @@ class VideoMaker:
         evaluate = evaluate_together if section.branches == "together" else evaluate_in_turn
         decode = None
         if mesh is not None:
-            evaluate, vae, everyone = split_branches(evaluate, mesh.cfg), parts.vae, mesh.everyone
-            decode = lambda latents: tiles.decode(vae, latents, everyone)  # noqa: E731 - as short as its use
+            evaluate = split_branches(evaluate, mesh.cfg)
+            decode = functools.partial(tiles.decode, parts.vae, axis=mesh.everyone)
         for transformer in parts.transformers:
             place(transformer, weights, device, mesh)
             if mesh is not None:
@@ -141,8 +142,8 @@ class VideoMaker:
             return None
         if cache.kind == "taylorseer":
             return TaylorSeer(transformer, cache.interval, cache.start)
-        agree = (lambda sums: sums) if mesh is None else (lambda sums: summed(sums, mesh))
-        return FirstBlock(transformer, cache.threshold, cache.start, cache.max_skips, agree)
+        alike = {} if mesh is None else {"agree": functools.partial(summed, mesh=mesh)}
+        return FirstBlock(transformer, cache.threshold, cache.start, cache.max_skips, **alike)
 
 
 def guidance(section: VideoConfig) -> Guidance:
