@@ -18,7 +18,7 @@ from ipvg_ray.models.wan.guidance import Cfg, Guidance, Step, Tpige, Window
 from ipvg_ray.models.wan.loop import Denoiser, LoopState, evaluate_in_turn, evaluate_together
 from ipvg_ray.models.wan.parallel import Layout, Mesh, split_branches, split_transformer, summed
 from ipvg_ray.models.wan.state import Keeper, Place, name_of
-from ipvg_ray.models.wan.tasks import TASKS, Size
+from ipvg_ray.models.wan.tasks import TASKS, Size, Task
 from ipvg_ray.models.wan.video import Sample, VideoModel
 from ipvg_ray.models.wan.weights import place
 
@@ -54,21 +54,10 @@ class VideoMaker:
         self.section = section
         self.alive = alive
         self.first_rank = mesh is None or mesh.everyone.rank == 0
-        task, weights = TASKS[section.task], section.group.weights
-        if mesh is None and weights == "fsdp":  # a row that is run again outside of its group
-            weights = "whole"
-        parts = load.load(
-            folder,
-            task,
-            dtype=getattr(torch, section.dtype),
-            device=device if weights == "whole" else "cpu",
-            shift=section.shift,
-        )
-        parts.vae.to(device)
-        attention = section.attention
-        if attention == "auto":  # the weights may not be where they are to work
-            attention = speed.best_attention(torch.cuda.get_device_capability() if device == "cuda" else None)
-        speed.speed_up(parts.transformers, attention=attention, compiled=section.compile, storage=section.storage)
+        task = TASKS[section.task]
+        # A row that is run again outside of its group has nobody to share weights with.
+        weights = "whole" if mesh is None and section.group.weights == "fsdp" else section.group.weights
+        parts = _loaded(section, folder, task, device, whole=weights == "whole")
         self.caches = [self._cache(transformer, mesh) for transformer in parts.transformers]
         evaluate = evaluate_together if section.branches == "together" else evaluate_in_turn
         decode = None
@@ -144,6 +133,18 @@ class VideoMaker:
             return TaylorSeer(transformer, cache.interval, cache.start)
         alike = {} if mesh is None else {"agree": functools.partial(summed, mesh=mesh)}
         return FirstBlock(transformer, cache.threshold, cache.start, cache.max_skips, **alike)
+
+
+def _loaded(section: VideoConfig, folder: Path, task: Task, device: str, *, whole: bool) -> load.Parts:
+    """The model's parts, their transformers made fast; on the device if `whole`, else on the CPU but for the VAE."""
+    dtype = getattr(torch, section.dtype)
+    parts = load.load(folder, task, dtype=dtype, device=device if whole else "cpu", shift=section.shift)
+    parts.vae.to(device)
+    attention = section.attention
+    if attention == "auto":  # the weights may not be where they are to work
+        attention = speed.best_attention(torch.cuda.get_device_capability() if device == "cuda" else None)
+    speed.speed_up(parts.transformers, attention=attention, compiled=section.compile, storage=section.storage)
+    return parts
 
 
 def guidance(section: VideoConfig) -> Guidance:
