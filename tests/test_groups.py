@@ -22,6 +22,7 @@ from ipvg_ray.pipeline.stage import Ranks, Resources, RowError
 
 pytestmark = pytest.mark.slow
 STEPS = 4
+KILLS = 20
 RETRY_SECONDS = 60.0
 """Room for a busy machine; the bar is 15 s, and benchmarks/groups.py measures it."""
 
@@ -126,7 +127,7 @@ def test_twenty_kills_leave_nothing_behind(cluster: None, tmp_path: Path) -> Non
     held = process.num_fds(), process.num_threads()
     doors = listening(process)
     worst = 0.0
-    for _ in range(20):
+    for _ in range(KILLS):
         before = len(journal(tmp_path))
         running = leader.run.remote("add", 11, STEPS, 0.05)
         step = chance.randrange(STEPS)
@@ -143,7 +144,8 @@ def test_twenty_kills_leave_nothing_behind(cluster: None, tmp_path: Path) -> Non
         starts = [e["t"] for e in journal(tmp_path) if e["event"] == "step" and e["step"] == 0 and e["t"] > killed]
         worst = max([worst, *(t - killed for t in starts[:1])])
     assert worst < RETRY_SECONDS
-    assert ray.get(leader.builds.remote()) > 15, "most kills came in the middle of the work"
+    assert answer(leader, 11) == expected, "the last kill may have come after the last answer"
+    assert ray.get(leader.builds.remote()) > KILLS * 3 / 4, "most kills came in the middle of the work"
     assert listening(process) == doors
     # Ray itself opens a few more as it goes
     assert process.num_fds() < held[0] + 10
@@ -154,7 +156,6 @@ def test_twenty_kills_leave_nothing_behind(cluster: None, tmp_path: Path) -> Non
     assert wait_until(lambda: not any(alive(pid) for pid in living), 10)
     assert wait_until(lambda: free() == {"CPU": 4, "GPU": 4}, 10), free()
     assert not [place for place in placement_group_table().values() if place["state"] != "REMOVED"]
-    print(f"the slowest of 20 next attempts started {worst:.1f} s after the kill")
 
 
 def test_ranks_end_with_their_leader(cluster: None, tmp_path: Path) -> None:
