@@ -48,7 +48,7 @@ class GroupBrokenError(Exception):
     """The ranks cannot go on together; the message says which one was the first and why."""
 
 
-@ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"watch": 1})
+@ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"watch": 1})  # type: ignore[call-overload]
 class _Rank:
     """One rank's process. Only methods of the group `watch` are answered while it works."""
 
@@ -192,7 +192,7 @@ class LedGroup:
         host = ray.util.get_node_ip_address() if self.asked.across_nodes else "127.0.0.1"
         with socket.create_server((host, 0), backlog=self.asked.size) as door:
             self.ranks = [
-                _Rank.options(**options).remote(i, self.asked.size, env, door.getsockname())
+                _Rank.options(**options).remote(i, self.asked.size, env, door.getsockname())  # type: ignore[attr-defined]
                 for i, (options, env) in enumerate(self._places())
             ]
             told = self._all([rank.process.remote() for rank in self.ranks], limit_s=BUILD_SECONDS, every=True)
@@ -254,10 +254,10 @@ class LedGroup:
             if pending and time.monotonic() > grace:
                 break
         if raised:
-            first, error = next(iter(raised.items()))
+            rank, first = next(iter(raised.items()))
             if len(raised) == len(refs):
-                raise getattr(error, "cause", None) or error
-            raise GroupBrokenError(f"rank {first} raised, and others did not: {_line(error)}") from error
+                raise getattr(first, "cause", None) or first
+            raise GroupBrokenError(f"rank {rank} raised, and others did not: {_line(first)}") from first
         return [answers[i] for i in range(len(refs))] if every else answers[0]
 
     def _progress(self) -> list[tuple[int, str] | None]:
