@@ -15,7 +15,7 @@ from ipvg_ray.models.wan.autoencoder import Autoencoder
 from ipvg_ray.models.wan.cache import FirstBlock, TaylorSeer
 from ipvg_ray.models.wan.errors import WanError
 from ipvg_ray.models.wan.guidance import Cfg, Guidance, Step, Tpige, Window
-from ipvg_ray.models.wan.loop import Denoiser, LoopState, evaluate_in_turn, evaluate_together
+from ipvg_ray.models.wan.loop import Denoiser, Evaluate, LoopState, evaluate_in_turn, evaluate_together
 from ipvg_ray.models.wan.parallel import Layout, Mesh, split_branches, split_transformer, summed
 from ipvg_ray.models.wan.state import Keeper, Place, name_of
 from ipvg_ray.models.wan.tasks import TASKS, Size, Task
@@ -59,7 +59,7 @@ class VideoMaker:
         weights = "whole" if mesh is None and section.group.weights == "fsdp" else section.group.weights
         parts = _loaded(section, folder, task, device, whole=weights == "whole")
         self.caches = [self._cache(transformer, mesh) for transformer in parts.transformers]
-        evaluate = evaluate_together if section.branches == "together" else evaluate_in_turn
+        evaluate: Evaluate = evaluate_together if section.branches == "together" else evaluate_in_turn
         decode = None
         if mesh is not None:
             evaluate = split_branches(evaluate, mesh.cfg)
@@ -131,8 +131,13 @@ class VideoMaker:
             return None
         if cache.kind == "taylorseer":
             return TaylorSeer(transformer, cache.interval, cache.start)
-        alike = {} if mesh is None else {"agree": functools.partial(summed, mesh=mesh)}
-        return FirstBlock(transformer, cache.threshold, cache.start, cache.max_skips, **alike)
+        agree = functools.partial(summed, mesh=mesh) if mesh is not None else _own
+        return FirstBlock(transformer, cache.threshold, cache.start, cache.max_skips, agree)
+
+
+def _own(sums: Tensor) -> Tensor:
+    """What a rank without peers agrees on."""
+    return sums
 
 
 def _loaded(section: VideoConfig, folder: Path, task: Task, device: str, *, whole: bool) -> load.Parts:
