@@ -127,9 +127,8 @@ def alone(cluster: None, models: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def check_same(run: Path, result: dict[str, Any], alone: np.ndarray) -> None:
     frames = videos.read_frames(run / result["video_uri"])
-    difference = np.abs(frames.astype(int) - alone)
-    assert difference.max() <= 3, "rounding may tip a level, which H.264 may spread a little"
-    assert difference.mean() < 0.01
+    # Before H.264 a level may be tipped by rounding (test_wan_parallel.py); then its encoder may choose otherwise.
+    assert np.abs(frames.astype(int) - alone).mean() < 0.5
     assert not list((run / "scratch").iterdir()), "a finished video leaves no state"
 
 
@@ -144,6 +143,7 @@ def test_a_group_makes_the_video_that_one_process_makes(
 
 def test_a_rank_killed_in_mid_video(alone: np.ndarray, models: Path, tmp_path: Path) -> None:
     worker = Worker.remote(settings(models, gpus=2, ulysses=2), tmp_path)
+    undisturbed = ray.get(worker.process.remote(row(tmp_path)))
     running = worker.process.remote(row(tmp_path))
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("scratch/*")) and time.monotonic() < deadline:
@@ -152,6 +152,7 @@ def test_a_rank_killed_in_mid_video(alone: np.ndarray, models: Path, tmp_path: P
     os.kill(ranks[-1]["pid"], signal.SIGKILL)
     killed = time.time()
     result = ray.get(running, timeout=300)
+    assert result == undisturbed, "the same bytes"
     assert ray.get(worker.builds.remote()) == 2
     again = next(look for look in looks(tmp_path) if look["t"] > killed)
     assert again["pid"] not in {look["pid"] for look in ranks}
