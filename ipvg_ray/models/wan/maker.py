@@ -146,8 +146,8 @@ def _loaded(section: VideoConfig, folder: Path, task: Task, device: str, *, whol
     parts = load.load(folder, task, dtype=dtype, device=device if whole else "cpu", shift=section.shift)
     parts.vae.to(device)
     attention = section.attention
-    if attention == "auto":  # the weights may not be where they are to work
-        attention = speed.best_attention(torch.cuda.get_device_capability() if device == "cuda" else None)
+    if attention == "auto" and device == "cuda" and not whole:  # the weights are not yet where they are to work
+        attention = speed.best_attention(torch.cuda.get_device_capability())
     speed.speed_up(parts.transformers, attention=attention, compiled=section.compile, storage=section.storage)
     return parts
 
