@@ -147,7 +147,8 @@ class VideoStage(Stage):
 
         with self._gpu:
             negative = self._negative(rows[0])
-            kept.append(name_of(samples, negative))
+            if self.config.video.save_every:
+                kept.append(name_of(samples, negative))
             made = self._make(samples, negative, self._context.scratch)
         return [RowError("bad_video", str(one)) if isinstance(one, WanError) else one for one in made]
 
