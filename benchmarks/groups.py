@@ -21,6 +21,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Ray starts workers with less right to the cores than this process has.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
+
 import numpy as np
 import ray
 import torch
