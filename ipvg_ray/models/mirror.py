@@ -36,7 +36,7 @@ def publish(name: str, root: Path, mirror: RunPath, report: Callable[[str], obje
     source = root / name
     if not source.exists():
         raise FetchError(f"{source} is not there; fetch it with `ipvg-ray models pull`")
-    facts = {"model": name, "files": files.listing(files.files_below(source), source)}
+    facts: dict[str, Any] = {"model": name, "files": files.listing(files.files_below(source), source)}
     if _listing(name, mirror) == facts:
         return False
     _listing_place(name, mirror).unlink(missing_ok=True)  # while files change the mirror does not have the model
