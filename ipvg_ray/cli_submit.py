@@ -53,6 +53,8 @@ def submit(
         job = pack(list(context.args), Path(folder))
         client = _client(address)
         name = f"ipvg-ray-{_slug(job.run_dir)}-{uuid.uuid4().hex[:6]}"
+        # Ray removes a package with the last job that used it, and must not do so under one that is just beginning.
+        (Path(folder) / "submission.txt").write_text(name)
         client.submit_job(
             entrypoint=shlex.join(job.command),
             submission_id=name,

@@ -80,7 +80,7 @@ from ipvg_ray.pipeline.plan import make_steps
 from ipvg_ray.pipeline.progress import Progress
 from ipvg_ray.pipeline.survey import Counts
 port = free_port()
-ray.init(num_cpus=1, _metrics_export_port=port, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=1, _metrics_export_port=port, include_dashboard=False, log_to_driver=False)
 steps = make_steps(request(Path("x")).stages)
 seen = Progress({s.name: Counts(9, 0, 0, 0, 9) for s in steps}, {s.name: s.stage.grain for s in steps}, 1.0)
 meters = Meters(steps, "run")
