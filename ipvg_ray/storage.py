@@ -19,28 +19,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from ipvg_ray import s3_client
 from ipvg_ray.errors import UserError
 
-_ATTEMPTS = 8
-"""Tries of one request, with growing pauses between them; about a minute of 503s is ridden out."""
 _PAUSES = (0.5, 1.0, 2.0, 4.0)
 """Seconds between tries of an answer that broke off."""
 _MISSING = ("404", "NoSuchKey", "NotFound", "NoSuchBucket")
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
-_TIMEOUTS = {False: (10, 60), True: (3, 5)}
-"""Seconds to connect and to wait for bytes, of patient and of hasty requests."""
-_PIECE = 16 << 20
-"""Bytes of one part of a large object; parts are sent and fetched eight at a time, each tried again by itself."""
 
 
 class StorageError(UserError, OSError):
@@ -160,7 +152,7 @@ class S3Path:
 
     def upload(self, file: Path) -> None:
         """Write the object from a local file of any size, in parts where it is large. Raises StorageError."""
-        self._call("upload_file", Filename=str(file), Key=self.key, Config=_transfer())
+        self._call("upload_file", Filename=str(file), Key=self.key, Config=s3_client.transfer())
 
     def download(self, file: Path) -> None:
         """Fetch the object, in parallel ranges where it is large, to a local file that is there whole or not at all.
@@ -169,7 +161,7 @@ class S3Path:
             FileNotFoundError, StorageError: also where the object changed meanwhile.
         """
         file.parent.mkdir(parents=True, exist_ok=True)
-        self._call("download_file", Key=self.key, Filename=str(file), Config=_transfer())
+        self._call("download_file", Key=self.key, Filename=str(file), Config=s3_client.transfer())
 
     def link(self, seconds: int) -> str:
         """A presigned link to the object: whoever has it may read the object for so long, without credentials.
@@ -177,7 +169,9 @@ class S3Path:
         One that is signed with a role's credentials ends with these, after some hours, whatever `seconds` says.
         """
         arguments = {"Bucket": self.bucket, "Key": self.key}
-        link: str = _client(os.getpid()).generate_presigned_url("get_object", Params=arguments, ExpiresIn=seconds)
+        link: str = s3_client.client(os.getpid()).generate_presigned_url(
+            "get_object", Params=arguments, ExpiresIn=seconds
+        )
         return link
 
     def copy_to(self, target: S3Path) -> None:
@@ -239,10 +233,10 @@ class S3Path:
 
         for pause in (None,) if hasty else (*_PAUSES, None):
             try:
-                return then(getattr(_client(os.getpid(), hasty), operation)(Bucket=self.bucket, **arguments))
+                return then(getattr(s3_client.client(os.getpid(), hasty), operation)(Bucket=self.bucket, **arguments))
             except ClientError as error:
                 if _code(error) in _EXPIRED:
-                    _forget_credentials()
+                    s3_client.forget_credentials()
                     if pause is not None:
                         time.sleep(pause)
                         continue
@@ -315,7 +309,7 @@ def parquet(file: RunPath, **options: Any) -> pq.ParquetFile:
     except StorageError as error:
         if not any(code in str(error) for code in _EXPIRED):
             raise
-        _forget_credentials()
+        s3_client.forget_credentials()
         return _parquet(file, options)
 
 
@@ -323,7 +317,9 @@ def _parquet(file: RunPath, options: dict[str, Any]) -> pq.ParquetFile:
     try:
         if isinstance(file, Path):
             return pq.ParquetFile(file, **options)
-        return pq.ParquetFile(f"{file.bucket}/{file.key}", filesystem=_arrow(os.getpid(), file.bucket), **options)
+        return pq.ParquetFile(
+            f"{file.bucket}/{file.key}", filesystem=s3_client.arrow(os.getpid(), file.bucket), **options
+        )
     except pa.ArrowInvalid as error:
         raise TornPartError(file, error) from error
     except FileNotFoundError:
@@ -379,51 +375,3 @@ def _stat(size: int, modified: float) -> Any:
 
 def _code(error: BaseException | None) -> str:
     return str(getattr(error, "response", {}).get("Error", {}).get("Code", ""))
-
-
-def _transfer() -> Any:
-    from boto3.s3.transfer import TransferConfig
-
-    return TransferConfig(
-        multipart_threshold=_PIECE, multipart_chunksize=_PIECE, max_concurrency=8, num_download_attempts=_ATTEMPTS
-    )
-
-
-def _forget_credentials() -> None:
-    """Look for credentials anew: a file of them may have been renewed since they were read."""
-    _client.cache_clear()
-    _arrow.cache_clear()
-
-
-@lru_cache
-def _client(process: int, hasty: bool = False) -> Any:
-    """One client per process: its connections must not be shared with a fork."""
-    import boto3
-    from botocore.config import Config
-
-    retries: Any = {"mode": "standard", "total_max_attempts": 2 if hasty else _ATTEMPTS}
-    seconds = _TIMEOUTS[hasty]
-    config = Config(
-        retries=retries,
-        connect_timeout=seconds[0],
-        read_timeout=seconds[1],
-        max_pool_connections=32,
-        signature_version="s3v4",  # else links would be signed in the old way, which newer regions refuse
-    )
-    return boto3.session.Session().client("s3", config=config)
-
-
-@lru_cache
-def _arrow(process: int, bucket: str) -> pafs.S3FileSystem:
-    """pyarrow's view of the same bucket, with the endpoint that boto3 found, and the region the bucket lies in."""
-    client = _client(process)
-    endpoint = urlsplit(client.meta.endpoint_url)
-    own = not endpoint.netloc.endswith("amazonaws.com")
-    return pafs.S3FileSystem(
-        region=client.meta.region_name if own else client.head_bucket(Bucket=bucket)["BucketRegion"],
-        endpoint_override=endpoint.netloc if own else None,
-        scheme=endpoint.scheme,
-        connect_timeout=10,
-        request_timeout=60,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
-    )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from ipvg_ray import storage
+from ipvg_ray import s3_client, storage
 
 
 @contextmanager
@@ -38,5 +38,5 @@ def s3_server(environment: pytest.MonkeyPatch, bucket: str = "runs") -> Iterator
 
 def clear() -> None:
     """Forget clients of an earlier server."""
-    storage._client.cache_clear()
-    storage._arrow.cache_clear()
+    s3_client.client.cache_clear()
+    s3_client.arrow.cache_clear()
