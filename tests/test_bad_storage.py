@@ -18,7 +18,7 @@ from engine_inprocess import drive
 from fault_proxy import Faults, fault_proxy
 from s3_server import clear, s3_server
 
-from ipvg_ray import storage, tables
+from ipvg_ray import s3_client, storage, tables
 from ipvg_ray.pipeline import run as engine
 from ipvg_ray.pipeline.lease import lock
 from ipvg_ray.storage import S3Path, StorageError, parquet
@@ -33,7 +33,7 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
         faults = Faults(stall_s=2.0)
         with fault_proxy(endpoint, faults) as proxy:
             monkeypatch.setenv("AWS_ENDPOINT_URL", proxy)
-            monkeypatch.setattr(storage, "_TIMEOUTS", {False: (2, 1), True: (2, 1)})
+            monkeypatch.setattr(s3_client, "TIMEOUTS", {False: (2, 1), True: (2, 1)})
             clear()
             yield faults
 
@@ -92,7 +92,7 @@ def test_tables_are_read_through_broken_answers(faults: Faults, root: S3Path, tm
 
 
 def test_a_store_that_never_answers_is_named(faults: Faults, root: S3Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "_ATTEMPTS", 2)
+    monkeypatch.setattr(s3_client, "ATTEMPTS", 2)
     monkeypatch.setattr(storage, "_PAUSES", (0.1,))
     clear()
     spoil(faults, busy=1.0)
