@@ -65,7 +65,7 @@ def test_every_operation_rides_out_a_bad_store(faults: Faults, root: S3Path) -> 
 def test_large_objects_go_in_parts_and_come_in_ranges_and_are_whole(
     faults: Faults, root: S3Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_PIECE", 5 << 20)
+    monkeypatch.setattr(s3_client, "PIECE", 5 << 20)
     source, target = tmp_path / "source", tmp_path / "deep/target"
     source.write_bytes(os.urandom(23 << 20))
     spoil(faults, busy=0.1, cut=0.1, closed=0.05)
