@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import threading
 from collections import defaultdict
@@ -25,8 +26,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ipvg_ray.pipeline.ledger import Event, Ledger, TryLedger, Who
 from ipvg_ray.pipeline.store import TRIES, Store
+from ipvg_ray.storage import StorageError
 
 _POLL_SECONDS = 0.5
+_log = logging.getLogger(__name__)
 
 
 @ray.remote(num_cpus=0)
@@ -34,12 +37,16 @@ class _Desk(TryLedger):
     """The ledger as an actor on the driver's node; it also keeps what it hears until the driver asks for it."""
 
     def __init__(self) -> None:
-        super().__init__(_node_lost)
         self.events: list[Event] = []
         self.notices: set[str] = set()
+        # A node with a notice ends its workers itself, while the cluster still counts it.
+        super().__init__(lambda node: node in self.notices or _node_lost(node))
 
     def leaving(self, node: str) -> None:
         self.notices.add(node)
+
+    def is_lost(self, node: str) -> bool:
+        return self.node_lost(node)
 
     def lost(self) -> dict[str, int]:
         return {"batches": self.lost_tries, "notices": len(self.notices)}
@@ -108,19 +115,18 @@ class _Noted(_AtDesk):
     def __init__(self, desk: Any, folder: Path) -> None:
         super().__init__(desk)
         self.folder = folder
-        self.tries = TryLedger()
+        # Asked anew at each try that others made before: a node is known to be lost some time after its workers are.
+        self.tries = TryLedger(lambda node: bool(ray.get(self.desk.is_lost.remote(node))))
         self.lock = threading.Lock()
 
     def begin_setup(self, stage: str, who: Who) -> tuple[list[Who], int]:
-        before, lost = ray.get(self.desk.predecessors.remote(who))
-        self.tries.node_lost = lost.__contains__
         worked = False
-        for earlier in before:
-            for event in _read(self._place(earlier)):
+        for earlier in ray.get(self.desk.predecessors.remote(who)):
+            events = _read(self._place(earlier))
+            for event in events:
                 self.tries.take_in(event, earlier)
-                worked = worked or event.closed
-        if lost and (open_tries := sum(who.node in lost for tries in self.tries.tries.values() for who in tries)):
-            self.desk.lose.remote(open_tries)
+            worked = any(event.closed for event in events)
+        self.tries.lost_tries = 0  # they were told by those who met them
         if worked:
             self.desk.worked.remote([stage])  # the driver says so too, but perhaps too late
         self.file = os.open(self._place(who), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -132,7 +138,11 @@ class _Noted(_AtDesk):
     def begin(self, event: Event, who: Who) -> list[Who]:
         self._note(event)
         with self.lock:
-            return self.tries.begin(event, who)
+            died = self.tries.begin(event, who)
+            lost, self.tries.lost_tries = self.tries.lost_tries, 0
+        if lost:
+            self.desk.lose.remote(lost)
+        return died
 
     def end(self, event: Event) -> None:
         self._note(event)
@@ -140,13 +150,22 @@ class _Noted(_AtDesk):
             self.tries.end(event)
 
     def _note(self, event: Event) -> None:
-        os.write(self.file, f"{json.dumps(vars(event))}\n".encode())  # one write, appended: lines are whole
+        try:
+            os.write(self.file, f"{json.dumps(vars(event))}\n".encode())  # appended by one call, so lines do not mix
+        except OSError as error:
+            raise StorageError(f"cannot note a try in {self.folder}: {error}") from error
 
 
 def _read(file: Path) -> list[Event]:
     with contextlib.suppress(FileNotFoundError):  # it died before it had any
-        return [Event(**json.loads(line)) for line in file.read_bytes().splitlines()]
+        return _events(file.read_bytes())[0]
     return []
+
+
+def _events(lines: bytes) -> tuple[list[Event], int]:
+    """The events of the whole lines, and the bytes these take; the last line may still be on its way."""
+    whole = lines[: lines.rfind(b"\n") + 1]
+    return [Event(**json.loads(line)) for line in whole.splitlines()], len(whole)
 
 
 class _Followed:
@@ -159,14 +178,14 @@ class _Followed:
     def take(self) -> list[Event]:
         """What was noted since the last call."""
         events: list[Event] = []
-        for entry in os.scandir(self.folder) if self.folder.is_dir() else ():  # another start may have closed it
-            if entry.stat().st_size > self.read[entry.name]:
-                with open(entry.path, "rb") as stream:
-                    stream.seek(self.read[entry.name])
-                    lines = stream.read()
-                whole = lines[: lines.rfind(b"\n") + 1]
-                self.read[entry.name] += len(whole)
-                events += [Event(**json.loads(line)) for line in whole.splitlines()]
+        with contextlib.suppress(FileNotFoundError):  # another start may have closed the session
+            for entry in os.scandir(self.folder):
+                if entry.stat().st_size > self.read[entry.name]:
+                    with open(entry.path, "rb") as stream:
+                        stream.seek(self.read[entry.name])
+                        told, size = _events(stream.read())
+                    self.read[entry.name] += size
+                    events += told
         return events
 
 
@@ -176,9 +195,15 @@ def listening(desk: Any, store: Store, on_events: Callable[[Sequence[Event]], No
     take = _taker(desk, store)
     stop = threading.Event()
 
+    def hear() -> None:
+        try:
+            on_events(take())
+        except Exception as error:  # what people see may lag; the run itself goes on
+            _log.warning("cannot tell how the run goes on: %s", error)
+
     def poll() -> None:
         while not stop.wait(_POLL_SECONDS):
-            on_events(take())
+            hear()
 
     thread = threading.Thread(target=poll, name="progress", daemon=True)
     thread.start()
@@ -187,7 +212,7 @@ def listening(desk: Any, store: Store, on_events: Callable[[Sequence[Event]], No
     finally:
         stop.set()
         thread.join(timeout=10)
-        on_events(take())
+        hear()
 
 
 def _taker(desk: Any, store: Store) -> Callable[[], list[Event]]:

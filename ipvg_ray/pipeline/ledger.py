@@ -1,7 +1,7 @@
 """What is noted ahead of every try, so that a death can be laid at the door of the rows that were in work.
 
-One ledger serves a run; it lives with the driver, outside of every worker. A try that is begun and never ends has taken
-its worker down, unless the worker's whole node was lost: then nobody is to blame.
+A try that is begun and never ends has taken its worker down, unless the worker's whole node was lost: then nobody is to
+blame. `ipvg_ray.pipeline.desk` says where ledgers lie, so that they outlive the workers.
 """
 
 from __future__ import annotations
@@ -113,10 +113,9 @@ class TryLedger:
         self.loading[stage] = [w for w in self.loading[stage] if w.worker != who.worker] + [*died, who]
         return died, self.restarts[stage]
 
-    def predecessors(self, who: Who) -> tuple[list[Who], set[str]]:
-        """The processes whose place a process takes, in order, and those of their nodes that are lost."""
-        before = [w for w in self.processes[who.worker] if w.process != who.process]
-        return before, {w.node for w in before if self.node_lost(w.node)}
+    def predecessors(self, who: Who) -> list[Who]:
+        """The processes whose place a process takes, in order."""
+        return [w for w in self.processes[who.worker] if w.process != who.process]
 
     def end_setup(self, stage: str, who: Who) -> None:
         """See `Ledger`."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import threading
 import time
 import traceback
@@ -38,6 +39,9 @@ from ipvg_ray.secrets import redact
 from ipvg_ray.storage import StorageError
 
 _KEYS = ("identity_id", "sample_id", "prompt_id")
+_BROKEN = re.compile(r"CUDA error|CUDA failure|cuDNN error|CUDNN_STATUS|CUBLAS_STATUS|illegal memory access")
+"""How torch and onnxruntime tell that a CUDA context may be lost; a card that is only full is not."""
+_FULL = re.compile(r"out of memory|Failed to allocate memory|ALLOC_FAILED")
 
 
 class WorkerStartError(UserError):
@@ -130,6 +134,8 @@ class Worker:
             scratch = RunScratch(self.store, f"{name}-{self.spec.fingerprint}")
             run_dir = str(self.store.run_dir)
             self.stage.setup(StageContext(device, asks.threads, self.store, run_dir, scratch, group))
+        except StorageError:
+            raise  # may pass
         except Exception as error:
             raise WorkerStartError(f"{name} cannot start: {error}") from error
         finally:
@@ -243,7 +249,7 @@ class Worker:
         else:
             why = f"processing this row ended its worker process {len(died)} times ({last.words}){cleared}; "
             error = RowError("worker_died", f"{why}it is set aside")
-        return self._failure(batch, 0, error) | {"traceback": last.stack or None}
+        return self._failure(batch, 0, error) | {"traceback": _text(last.stack) if last.stack else None}
 
     def _inquest(self, who: Who) -> Death:
         return inquest(who, self.who.host, self.store.session_dir / "traces")
@@ -269,8 +275,7 @@ class Worker:
 
     def _leave_if_broken(self, error: BaseException) -> None:
         """End this process where its CUDA context is lost: every later row would fail in it. Counts as a death."""
-        words = str(error)
-        if type(error).__name__ == "AcceleratorError" or ("CUDA error" in words and "out of memory" not in words):
+        if context_lost(error):
             traceback.print_exc()
             if self.last_words:
                 self.last_words.leave(1, traceback.format_exc())
@@ -328,6 +333,12 @@ class Journal:
 def _text(words: str) -> str:
     """Words that Parquet can hold and anybody may read: lone surrogates become question marks, secrets are cut out."""
     return redact(words.encode("utf-8", "replace").decode())
+
+
+def context_lost(error: BaseException) -> bool:
+    """Whether an error says that the process's CUDA context is gone; a card that is only full still works."""
+    words = str(error)
+    return type(error).__name__ == "AcceleratorError" or bool(_BROKEN.search(words) and not _FULL.search(words))
 
 
 def with_seeds(batch: pa.Table, stage: Stage, run_seed: int) -> pa.Table:
