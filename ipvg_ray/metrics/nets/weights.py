@@ -79,12 +79,17 @@ class _TensorsOnly(pickle.Unpickler):
         return super().find_class(module, name) if (module, name) in self._KNOWN else _Inert
 
 
+def _tensors_only(file: Any, **how: Any) -> Any:
+    """What torch calls in place of `pickle.load`, for the heads of files in its old format."""
+    return _TensorsOnly(file, **how).load()
+
+
 def _loaded(path: Path) -> object:
     """A torch file. Some checkpoints carry settings of their training, which torch's own safe loading refuses whole."""
     try:
         return torch.load(_opened(path), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        shim = types.SimpleNamespace(Unpickler=_TensorsOnly, load=pickle.load, __name__="tensors_only")
+        shim = types.SimpleNamespace(Unpickler=_TensorsOnly, load=_tensors_only, __name__="tensors_only")
         return torch.load(_opened(path), map_location="cpu", weights_only=False, pickle_module=shim)
 
 
