@@ -48,8 +48,10 @@ def freeze(rows: int, part: int) -> engine.Freeze:
         ids = pa.array([f"id{i:07d}" for i in range(count)])
         picture = pa.array([{"bytes": None, "path": "x.png"}]).take(pa.array([0] * count))
         sizes = pa.array(range(count), pa.int32())
-        table = pa.table([ids, picture, ids, sizes, sizes], names=tables.stored_schema("identities").names)
-        write(out, "identities", table.cast(tables.stored_schema("identities")), part)
+        stored = tables.stored_schema("identities")
+        known = {"identity_id": ids, "image": picture, "image_sha256": ids, "image_width": sizes, "image_height": sizes}
+        columns = [known[f.name].cast(f.type) if f.name in known else pa.nulls(count, f.type) for f in stored]
+        write(out, "identities", pa.table(columns, schema=stored), part)
         owners = ids.take(pa.array([i // PROMPTS for i in range(rows)]))
         names = pa.array([f"prompt{i % PROMPTS}" for i in range(rows)])
         keys = pa.array([f"id{i // PROMPTS:07d}/prompt{i % PROMPTS}" for i in range(rows)])
