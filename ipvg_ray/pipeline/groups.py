@@ -24,6 +24,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from ipvg_ray.pipeline.places import in_order_of_nodes
 from ipvg_ray.pipeline.processes import Processes
 from ipvg_ray.pipeline.stage import RankContext, Ranks, RowError
+from ipvg_ray.pipeline.store import FencedError
+from ipvg_ray.storage import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +164,9 @@ class LedGroup:
                 logger.warning("a group of %d ranks is made anew: %s", self.asked.size, error)
                 words.append(str(error))
                 self.close()
+            except (StorageError, FencedError):
+                self.close()  # others may wait for the rank that raised; the run's place is no better in a new group
+                raise
         times = f"{len(words)} times" if len(words) > 1 else "once"
         raise RowError(
             "group_lost", f"the group that worked on this row was lost {times}, the last time so: {words[-1]}"
@@ -230,6 +235,7 @@ class LedGroup:
         Raises:
             GroupBrokenError: as soon as one dies, or raises without the others, or none has moved for `stall_s`, or
                 `limit_s` have passed.
+            StorageError, FencedError: what one raised: the run's place cannot be reached, and no rank is to blame.
             Exception: what all raised.
         """
         number = {ref: i for i, ref in enumerate(refs)}
@@ -254,9 +260,12 @@ class LedGroup:
             if pending and time.monotonic() > grace:
                 break
         if raised:
-            rank, first = next(iter(raised.items()))
+            causes = [getattr(error, "cause", None) or error for error in raised.values()]
+            if storage := next((cause for cause in causes if isinstance(cause, (StorageError, FencedError))), None):
+                raise storage
             if len(raised) == len(refs):
-                raise getattr(first, "cause", None) or first
+                raise causes[0]
+            rank, first = next(iter(raised.items()))
             raise GroupBrokenError(f"rank {rank} raised, and others did not: {_line(first)}") from first
         return [answers[i] for i in range(len(refs))] if every else answers[0]
 

@@ -1,0 +1,88 @@
+"""How a leader judges its ranks' answers, with refs and answers that are made up; test_groups.py has real ones."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray")
+
+import ray
+
+from ipvg_ray.pipeline import groups
+from ipvg_ray.pipeline.groups import LedGroup
+from ipvg_ray.pipeline.stage import Ranks, RowError
+from ipvg_ray.pipeline.store import FencedError
+from ipvg_ray.storage import StorageError
+
+
+class Answers:
+    """Stands for `ray`: a ref is answered with what it names, an exception is raised, and `None` never comes."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self, answers: list[Any]) -> None:
+        self.answers = answers
+
+    def wait(self, refs: list[int], num_returns: int, timeout: float) -> tuple[list[int], list[int]]:
+        done = [ref for ref in refs if self.answers[ref] is not None][:num_returns]
+        return done, [ref for ref in refs if ref not in done]
+
+    def get(self, ref: int) -> Any:
+        answer = self.answers[ref]
+        if isinstance(answer, Exception):
+            raise ray.exceptions.RayTaskError("call", "its traceback", answer)
+        return answer
+
+    def put(self, value: Any) -> Any:
+        return value
+
+
+@pytest.fixture
+def led(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A group of two ranks whose calls are answered as told, and how often it was made."""
+
+    def make(answers: list[Any]) -> LedGroup:
+        monkeypatch.setattr(groups, "ray", Answers(answers))
+        monkeypatch.setattr(groups, "_GRACE_SECONDS", 0.1)
+        group = LedGroup(Ranks(2, lambda context: None, rebuilds=2), "cpu", 1)
+
+        def stand() -> None:
+            if not group.ranks:
+                group.builds += 1
+                calls = [lambda method, args, number=number: number for number in range(len(answers))]
+                group.ranks = [SimpleNamespace(call=SimpleNamespace(remote=call)) for call in calls]
+
+        def close() -> None:
+            group.ranks = []
+
+        monkeypatch.setattr(group, "_stand", stand)
+        monkeypatch.setattr(group, "close", close)
+        return group
+
+    return make
+
+
+@pytest.mark.parametrize("error", [StorageError("the disk is full"), FencedError("closed")])
+def test_a_place_that_cannot_be_written_ends_the_call_at_once(error: Exception, led: Any) -> None:
+    group = led([error, None])
+    with pytest.raises(type(error), match=str(error)):
+        group.run("make")
+    assert group.builds == 1, "a new group would do no better"
+    assert not group.ranks, "the other rank waits for the one that raised"
+
+
+def test_a_rank_that_raises_alone_costs_three_groups(led: Any) -> None:
+    group = led([None, ValueError("out of memory")])
+    with pytest.raises(RowError, match="lost 3 times, the last time so: rank 1 raised, and others did not"):
+        group.run("make")
+    assert group.builds == 3
+
+
+def test_what_all_raise_leaves_the_group_whole(led: Any) -> None:
+    group = led([ValueError("a"), ValueError("b")])
+    with pytest.raises(ValueError, match="a"):
+        group.run("make")
+    assert group.ranks
