@@ -12,7 +12,7 @@ pytest.importorskip("ray")
 import ray
 
 from ipvg_ray.pipeline import groups
-from ipvg_ray.pipeline.groups import LedGroup
+from ipvg_ray.pipeline.groups import GroupBrokenError, LedGroup, _Watch
 from ipvg_ray.pipeline.stage import Ranks, RowError
 from ipvg_ray.pipeline.store import FencedError
 from ipvg_ray.storage import StorageError
@@ -86,3 +86,28 @@ def test_what_all_raise_leaves_the_group_whole(led: Any) -> None:
     with pytest.raises(ValueError, match="a"):
         group.run("make")
     assert group.ranks
+
+
+def test_a_rank_that_answers_now_and_then_does_not_get_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(groups.time, "monotonic", lambda: now)
+    watch = _Watch(stall_s=10.0)
+    for now in range(10):
+        watch.look([(3, "step 3"), (3, "step 3") if now % 2 else None])
+    now = 12.0
+    with pytest.raises(GroupBrokenError, match=r"any further for 10 s \(0: step 3, 1: no answer\)"):
+        watch.look([(3, "step 3"), None])
+    watch.look([(4, "step 4"), None])
+    now = 21.0
+    watch.look([(4, "step 4"), (3, "step 3")])
+
+
+def test_a_group_waits_for_its_nodes_before_it_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost node's bundles come back only with another node; tries before that would all be in vain."""
+    ready = [False, False, True]
+    place = SimpleNamespace(wait=lambda seconds: ready.pop(0))
+    group = LedGroup(Ranks(2, lambda context: None, True), "cpu", 1, place)
+    left: list[int] = []
+    monkeypatch.setattr(group, "_build", lambda: left.append(len(ready)))
+    group.start()
+    assert (left, group.builds) == ([0], 1)

@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from ipvg_ray.pipeline.places import in_order_of_nodes
+from ipvg_ray.pipeline.places import await_place, in_order_of_nodes
 from ipvg_ray.pipeline.processes import Processes
 from ipvg_ray.pipeline.stage import RankContext, Ranks, RowError
 from ipvg_ray.pipeline.store import FencedError
@@ -186,6 +186,8 @@ class LedGroup:
     def _stand(self) -> None:
         if self.ranks:
             return
+        if self.place is not None:
+            await_place(self.place)  # after a lost node Ray looks for another; no rebuild helps before that is there
         self.builds += 1
         try:
             self._build()
@@ -283,19 +285,21 @@ class LedGroup:
 
 
 class _Watch:
-    """Notices when nothing has changed for so many seconds."""
+    """Notices when no rank has told anything new for so many seconds; a rank that falls silent has told nothing new."""
 
     def __init__(self, stall_s: float) -> None:
         self.stall_s = stall_s
-        self.seen: Any = None
+        self.told: dict[int, tuple[int, str]] = {}
         self.since = time.monotonic()
 
     def look(self, progress: list[tuple[int, str] | None]) -> None:
         """Raises GroupBrokenError where it has been the same for too long."""
-        if progress != self.seen:
-            self.seen, self.since = progress, time.monotonic()
+        news = {i: answer for i, answer in enumerate(progress) if answer is not None and answer != self.told.get(i)}
+        if news:
+            self.told |= news
+            self.since = time.monotonic()
         elif time.monotonic() - self.since > self.stall_s:
-            stood = ", ".join(f"{i}: {p[1] if p else 'no answer'}" for i, p in enumerate(progress))
+            stood = ", ".join(f"{i}: {answer[1] if answer else 'no answer'}" for i, answer in enumerate(progress))
             raise GroupBrokenError(f"no rank got any further for {self.stall_s:g} s ({stood})")
 
 
