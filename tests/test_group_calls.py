@@ -111,3 +111,18 @@ def test_a_group_waits_for_its_nodes_before_it_is_made_anew(monkeypatch: pytest.
     monkeypatch.setattr(group, "_build", lambda: left.append(len(ready)))
     group.start()
     assert (left, group.builds) == ([0], 1)
+
+
+def test_a_rank_has_the_models_on_its_node_before_it_loads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed as dist
+
+    rank = object.__new__(groups._Rank.__ray_metadata__.modified_class)
+    rank.rank, rank.ranks, did = 0, 1, []
+    monkeypatch.setattr(groups, "take_models", did.append)
+    stage: Any = SimpleNamespace()
+    asked = Ranks(1, lambda context: did.append(context.rank), stage=stage)
+    try:
+        rank.setup(asked, rank.bind("127.0.0.1"), "cpu", 1)
+    finally:
+        dist.destroy_process_group()
+    assert did == [[stage], 0]

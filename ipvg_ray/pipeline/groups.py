@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ray
@@ -24,6 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from ipvg_ray.pipeline.places import await_place, in_order_of_nodes
 from ipvg_ray.pipeline.processes import Processes
 from ipvg_ray.pipeline.stage import RankContext, Ranks, RowError
+from ipvg_ray.pipeline.staging import take_models
 from ipvg_ray.pipeline.store import FencedError
 from ipvg_ray.storage import StorageError
 
@@ -69,13 +70,15 @@ class _Rank:
         self.store = dist.TCPStore(host, 0, self.ranks, is_master=True, wait_for_workers=False)
         return host, self.store.port
 
-    def setup(self, make: Callable[[RankContext], Any], store: tuple[str, int], device: str, threads: int) -> None:
-        """Meet the others and make the object that works."""
+    def setup(self, asked: Ranks, store: tuple[str, int], device: str, threads: int) -> None:
+        """Have the models on this node, meet the others and make the object that works."""
         from datetime import timedelta
 
         import torch
         import torch.distributed as dist
 
+        if asked.stage is not None:
+            take_models([asked.stage])
         torch.set_num_threads(threads)
         met = self.store if self.rank == 0 else dist.TCPStore(*store, self.ranks, is_master=False)
         dist.init_process_group(
@@ -86,7 +89,7 @@ class _Rank:
             timeout=timedelta(seconds=_PEER_SECONDS),
             device_id=torch.device("cuda", 0) if device == "cuda" else None,
         )
-        self.target = make(RankContext(self.rank, self.ranks, device, threads, self._alive))
+        self.target = asked.make(RankContext(self.rank, self.ranks, device, threads, self._alive))
 
     def call(self, method: str, args: tuple[Any, ...]) -> Any:
         """Call a method of the object; only rank 0's answer travels."""
@@ -208,7 +211,7 @@ class LedGroup:
             self.processes.watch([pid for pid, _ in told])
         first = told[0][1] if self.asked.across_nodes else host
         store = self._all([self.ranks[0].bind.remote(first)], limit_s=BUILD_SECONDS)
-        setups = [rank.setup.remote(self.asked.make, store, self.device, self.threads) for rank in self.ranks]
+        setups = [rank.setup.remote(self.asked, store, self.device, self.threads) for rank in self.ranks]
         self._all(setups, limit_s=BUILD_SECONDS)
 
     def _places(self) -> list[tuple[dict[str, Any], dict[str, str]]]:
