@@ -25,8 +25,6 @@ from ipvg_ray.storage import S3Path
 _PACKED = ("*.py", "*.yaml", "*.txt", "*.html", "*.css", "*.js")
 _PARTING = 15.0
 """Seconds that a stopped job has beyond its grace before Ray kills it, to write down how it ended."""
-
-
 _AGAIN = 2.0
 """Seconds before a connection to the cluster is made again."""
 _SILENCE = 300.0

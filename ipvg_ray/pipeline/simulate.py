@@ -312,7 +312,7 @@ class _Simulation:
             result.gpus.add(begun, self.now, asks.gpus / asks.concurrency)
 
     def _leave(self) -> None:
-        """A stage is done: nodes go on which no worker of another one works, or loads its models."""
+        """Let nodes go whose stages are all done; one whose workers still load their models is needed."""
         for node in self.nodes:
             if not node.gone and node.ready and all(not self.owed[stage] for stage in node.placed):
                 self._release(node)
