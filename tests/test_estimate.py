@@ -164,7 +164,7 @@ def test_nodes_and_models_take_their_time_and_leave_when_done() -> None:
 
 
 def test_nodes_whose_workers_still_load_stay() -> None:
-    """The first stage ends at 900 s, while workers of the second load their models; the fourth was asked for at 540 s."""
+    """The first stage ends at 900 s, while the second loads models; its fourth worker was asked for at 540 s."""
     loads = [load("a", 16, 30.0), load("b", 16, 1000.0, gpus=1, max_workers=4)]
     kinds = {"a": Kind(("cpu",), 4, 0), "b": Kind(("gpu",), 4, 1, most=4)}
     played = simulate(loads, kinds, {"a": 1, "b": 4})
