@@ -7,8 +7,8 @@ import re
 import shlex
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +25,10 @@ from ipvg_ray.storage import S3Path
 _PACKED = ("*.py", "*.yaml", "*.txt", "*.html", "*.css", "*.js")
 _PARTING = 15.0
 """Seconds that a stopped job has beyond its grace before Ray kills it, to write down how it ended."""
+_AGAIN = 2.0
+"""Seconds before a connection to the cluster is made again."""
+_SILENCE = 300.0
+"""Seconds without an answer after which the cluster is taken to be gone."""
 
 
 class SubmitError(UserError):
@@ -70,7 +74,7 @@ def submit(
     if not wait:
         return EXIT_OK
     try:
-        asyncio.run(_follow(client, name))
+        asyncio.run(_follow(client, name, address))
     except KeyboardInterrupt:
         out.print(f"\nthe job goes on; follow it with: ray job logs --address {address} -f {name}", markup=False)
         return EXIT_INTERRUPTED
@@ -149,9 +153,48 @@ def _client(address: str) -> Any:
         raise SubmitError(f"no cluster answers at {address}: {mend} ({error})") from error
 
 
-async def _follow(client: Any, name: str, write: Callable[[str], Any] | None = None) -> None:
-    async for lines in client.tail_job_logs(name):
-        (write or (lambda text: print(text, end="", flush=True)))(lines)
+async def _follow(client: Any, name: str, address: str) -> None:
+    """Print the job's log as it grows until the job has ended; a connection that ends before that is made again.
+
+    Raises:
+        SubmitError: where the cluster stays silent.
+    """
+    printed, answered = 0, time.monotonic()
+    while True:
+        printed, broken = await _print_log(client, name, printed)
+        try:
+            ended = client.get_job_info(name).status.is_terminal()
+            answered = time.monotonic()
+        except (RuntimeError, OSError) as error:
+            if time.monotonic() - answered > _SILENCE:
+                mend = f"the job may go on; look with: ray job status --address {address} {name}"
+                raise SubmitError(f"the cluster has not answered for {_SILENCE:g} s; {mend} ({error})") from error
+            ended = False
+        if ended:
+            if broken:
+                await _print_log(client, name, printed)
+            return
+        await asyncio.sleep(_AGAIN)
+
+
+async def _print_log(client: Any, name: str, printed: int) -> tuple[int, bool]:
+    """Print the job's log without its first `printed` characters, until the connection ends.
+
+    Returns:
+        How many characters have been printed now, and whether the connection broke.
+    """
+    from aiohttp import ClientError
+
+    passed = 0
+    try:
+        async for lines in client.tail_job_logs(name):  # from its begin, each time
+            passed += len(lines)
+            if passed > printed:
+                print(lines[printed - passed :], end="", flush=True)
+                printed = passed
+    except (RuntimeError, OSError, ClientError):
+        return printed, True
+    return printed, False
 
 
 def _conclude(client: Any, name: str, address: str, arguments: list[str]) -> int:

@@ -163,6 +163,15 @@ def test_nodes_and_models_take_their_time_and_leave_when_done() -> None:
     assert played.node_hours["cpu"] < 1091 / 3600, "its stage was done long before"
 
 
+def test_nodes_whose_workers_still_load_stay() -> None:
+    """The first stage ends at 900 s, while the second loads models; its fourth worker was asked for at 540 s."""
+    loads = [load("a", 16, 30.0), load("b", 16, 1000.0, gpus=1, max_workers=4)]
+    kinds = {"a": Kind(("cpu",), 4, 0), "b": Kind(("gpu",), 4, 1, most=4)}
+    played = simulate(loads, kinds, {"a": 1, "b": 4})
+    assert played.seconds == pytest.approx(540 + 300 + 120 + 4000), "four rows for each of four workers"
+    assert played.stages["b"].redone == 0
+
+
 def test_lost_nodes_cost_what_was_in_work_and_nothing_else() -> None:
     loads = [load("a", 500, 60.0, gpus=1)]
     kind = Kind(("spot",), 8, 1, most=4, spot=True)

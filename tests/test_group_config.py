@@ -19,6 +19,8 @@ def test_a_group_has_a_card_for_each_rank() -> None:
     ranks = stage.ranks()
     assert ranks is not None
     assert (ranks.size, ranks.across_nodes) == (8, False)
+    assert ranks.stage is not None
+    assert ranks.stage.models() == stage.models(), "the ranks' nodes must have them too"
 
 
 def test_without_a_group_nothing_changes() -> None:

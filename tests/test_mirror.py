@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from s3_server import s3_server
 
 from ipvg_ray import cli, storage
-from ipvg_ray.models import mirror
+from ipvg_ray.models import files, mirror
 from ipvg_ray.models.download import ChecksumError, FetchError
 from ipvg_ray.pipeline.staging import node_age
 from ipvg_ray.storage import RunPath, S3Path
@@ -118,6 +120,54 @@ def test_a_damaged_mirror_is_named(root: Path, place: RunPath, tmp_path: Path) -
     assert not (tmp_path / "node/wan").exists()
     with pytest.raises(FetchError, match="ipvg-ray models pull"):
         mirror.publish("none", root, place, quiet)
+
+
+@pytest.mark.parametrize("path", ["../outside", "a/../../outside", "{tmp_path}/outside"])
+def test_a_listing_that_leads_out_of_the_model_is_refused(path: str, root: Path, tmp_path: Path) -> None:
+    place = tmp_path / "mirror"
+    mirror.publish("single.safetensors", root, place, quiet)
+    listing = place / ".listings/single.safetensors.json"
+    facts = json.loads(listing.read_text())
+    part = path.format(tmp_path=tmp_path)
+    listing.write_text(json.dumps(facts | {"files": {part: facts["files"]["."]}}))
+    with pytest.raises(FetchError, match=r"outside' for single\.safetensors, which lies outside of the model"):
+        mirror.take("single.safetensors", tmp_path / "node", place, quiet)
+    assert not list(tmp_path.rglob("outside"))
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_a_copy_that_did_not_come_from_the_mirror_is_its_owner_s(link: bool, root: Path, tmp_path: Path) -> None:
+    place, node, own = tmp_path / "mirror", tmp_path / "node", tmp_path / "own"
+    mirror.publish("wan", root, place, quiet)
+    shutil.copytree(root / "wan", own / "wan")
+    node.mkdir()
+    (node / "wan").symlink_to(own / "wan") if link else (own / "wan").rename(node / "wan")
+    assert not mirror.take("wan", node, place, quiet), "it is the same model"
+    (node / "wan/config.json").write_text('{"tuned": 1}')
+    with pytest.raises(FetchError, match=r"wan did not come from the mirror .*; move it away"):
+        mirror.take("wan", node, place, quiet)
+    assert (node / "wan/config.json").read_text() == '{"tuned": 1}'
+
+
+def test_a_copy_that_was_cut_off_while_it_moved_in_is_replaced(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, node = tmp_path / "mirror", tmp_path / "node"
+    mirror.publish("wan", root, place, quiet)
+    whole = files.write_json
+
+    def cut(path: Path, value: Any) -> None:
+        if value:
+            raise KeyboardInterrupt
+        whole(path, value)
+
+    monkeypatch.setattr(files, "write_json", cut)
+    with pytest.raises(KeyboardInterrupt):
+        mirror.take("wan", node, place, quiet)
+    monkeypatch.undo()
+    (node / "wan/config.json").unlink()
+    assert mirror.take("wan", node, place, quiet)
+    assert (node / "wan/config.json").read_text() == "{}"
 
 
 def test_the_models_of_a_profile_are_mirrored_and_taken(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from ipvg_ray import cli
+from ipvg_ray import cli, cli_submit
 from ipvg_ray.cli_submit import pack
 from ipvg_ray.pipeline.progress import Progress
 from ipvg_ray.pipeline.runlog import RunLog, progress_of
@@ -69,6 +73,53 @@ def test_the_log_for_machines_tells_rows_by_stage(tmp_path: Path) -> None:
     wanted = {"total": 10, "done": 4, "running": 0, "waiting": 5, "failed": 1, "rows_per_second": 0.0}
     assert lines[0]["stages"] == progress_of(seen) == {"a": wanted}
     assert lines[1]["message"] == "é"
+
+
+class Cluster:
+    """A job's log over connections that end early: each shows so much of it, and breaks or ends as it should."""
+
+    LOG = "one\ntwo\nthree\n"
+
+    def __init__(self, connections: list[tuple[int, Exception | None]], states: list[Any]) -> None:
+        self.connections = connections
+        self.states = states
+
+    async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+        shown, error = self.connections.pop(0)
+        for start in range(0, shown, 6):
+            yield self.LOG[start : min(start + 6, shown)]
+        if error is not None:
+            raise error
+
+    def get_job_info(self, name: str) -> Any:
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        if isinstance(state, Exception):
+            raise state
+        return SimpleNamespace(status=state)
+
+
+def test_a_job_is_followed_to_its_end_over_broken_connections(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from aiohttp import ServerDisconnectedError
+    from ray.job_submission import JobStatus
+
+    monkeypatch.setattr(cli_submit, "_AGAIN", 0.0)
+    broken = RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+    connections = [(4, broken), (0, ServerDisconnectedError()), (8, None), (9, broken), (14, None)]
+    states = [JobStatus.PENDING, ConnectionError("refused"), JobStatus.RUNNING, JobStatus.SUCCEEDED]
+    cluster = Cluster(connections, states)
+    asyncio.run(cli_submit._follow(cluster, "job", "http://head:8265"))
+    assert capsys.readouterr().out == Cluster.LOG, "all of it, and nothing twice"
+    assert not cluster.connections
+
+
+def test_a_cluster_that_is_gone_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_submit, "_AGAIN", 0.01)
+    monkeypatch.setattr(cli_submit, "_SILENCE", 0.05)
+    gone = Cluster([(0, ConnectionError("refused"))] * 1000, [ConnectionError("refused")])
+    with pytest.raises(cli_submit.SubmitError, match=r"the job may go on; look with: ray job status .* job \(refused"):
+        asyncio.run(cli_submit._follow(gone, "job", "http://head:8265"))
 
 
 @pytest.mark.slow

@@ -30,10 +30,15 @@ RETRY_SECONDS = 60.0
 
 
 class Files:
-    """Media and scratch in a folder; every look at the scratch is written down."""
+    """Media and scratch in a folder; every process that is handed them is written down."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        with (self.root / "looks").open("a") as looks:
+            looks.write(json.dumps({"t": time.time(), "pid": os.getpid()}) + "\n")
 
     def publish(self, folder: str, identity_id: str, name: str, suffix: str, data: bytes) -> str:
         path = self.root / folder / identity_id / f"{name}{suffix}"
@@ -42,8 +47,6 @@ class Files:
         return str(path.relative_to(self.root))
 
     def read(self, name: str) -> bytes | None:
-        with (self.root / "looks").open("a") as looks:
-            looks.write(json.dumps({"t": time.time(), "pid": os.getpid()}) + "\n")
         path = self.root / "scratch" / name
         return path.read_bytes() if path.exists() else None
 
@@ -164,5 +167,5 @@ def test_a_rank_killed_in_mid_video(alone: np.ndarray, models: Path, tmp_path: P
 
 
 def looks(run: Path) -> list[dict[str, Any]]:
-    """When which rank looked for a kept state, which is the first thing that it does with a row."""
+    """When which rank was handed a row and the place of states, which is where its work begins."""
     return [json.loads(line) for line in (run / "looks").read_text().splitlines()]

@@ -17,9 +17,11 @@ from ipvg_ray import config
 from ipvg_ray.media import images, videos
 from ipvg_ray.models.mini import wan_vace
 from ipvg_ray.pipeline.stage import RowError, StageContext
+from ipvg_ray.pipeline.store import FencedError
 from ipvg_ray.stages import make_stages
 from ipvg_ray.stages.text_states import TextStatesStage
 from ipvg_ray.stages.video import VideoStage
+from ipvg_ray.storage import StorageError
 
 SMALL = {"width": 64, "height": 32, "frames": 5, "fps": 8, "steps": 2}
 MODELS = {"ti2v-5B": wan_vace.TI2V_NAME, "i2v-A14B": wan_vace.A14B_NAME}
@@ -400,6 +402,23 @@ def test_a_state_that_cannot_be_read_is_begun_anew(
     scratch.read = lambda name: b"torn"  # type: ignore[method-assign]
     assert stage.process([row()])[0] == whole
     assert "cannot be read" in caplog.text
+
+
+def test_a_state_that_cannot_be_kept_costs_no_video(
+    models: Path, tmp_path: Path, row: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str, data: bytes) -> None:
+        raise errors.pop(0)
+
+    errors: list[OSError] = [StorageError("the disk is full"), FencedError("closed")]
+    scratch = Memory()
+    monkeypatch.setattr(scratch, "write", refuse)
+    stage = started(models, tmp_path, scratch, steps=4, save_every=2)
+    (made,) = stage.process([row()])
+    assert made["video_frames"] == SMALL["frames"]
+    assert "the disk is full" in caplog.text
+    with pytest.raises(FencedError):
+        stage.process([row()])
 
 
 def test_how_often_it_is_kept_is_no_part_of_the_result_without_cache(models: Path) -> None:

@@ -233,6 +233,43 @@ def _maker_differences(rank: int, root: str) -> dict[str, int]:
     return found
 
 
+class _SeenByOne:
+    """States that only the first rank's node can read, as on storage that shows a new file late."""
+
+    def __init__(self, rank: int, kept: dict[str, bytes]) -> None:
+        self.rank = rank
+        self.kept = kept
+
+    def read(self, name: str) -> bytes | None:
+        return self.kept.get(name) if self.rank == 0 else None
+
+    def write(self, name: str, data: bytes) -> None:
+        self.kept[name] = data
+
+
+def _steps_from_a_state(rank: int, root: str) -> tuple[int, int, bool]:
+    """Steps of a video from its begin, and from a state that one rank sees; whether both end in the same frames."""
+    steps: list[str] = []
+    video = {"task": "vace-i2v", "model": wan_vace.NAME, "width": 96, "height": 64, "frames": 5, "dtype": "float32"}
+    section = VideoConfig(**video, steps=4, save_every=3, group={"gpus": 2, "ulysses": 2})
+    mesh = Mesh(Layout(ulysses=2), "cpu")
+    maker = VideoMaker(section, Path(root) / wan_vace.NAME, "cpu", mesh=mesh, alive=steps.append)
+    kept, found, frames = _SeenByOne(rank, {}), [], []
+    for _ in range(2):
+        (made,) = maker.make(*wan_ranks.sample(), kept)
+        frames.append(made)
+        found.append(sum(words.startswith("step") for words in steps))
+        steps.clear()
+    return found[0], found[1], bool((frames[0] == frames[1]).all())
+
+
+@pytest.mark.slow
+def test_ranks_begin_at_the_same_step(tmp_path: Path) -> None:
+    wan_vace.make(tmp_path / "models")
+    found = wan_ranks.on_ranks(_steps_from_a_state, 2, tmp_path / "ranks", str(tmp_path / "models"))
+    assert found == [(4, 1, True)] * 2
+
+
 @pytest.mark.slow
 def test_whole_videos_of_every_task_equal_those_of_one_process(tmp_path: Path) -> None:
     wan_vace.make(tmp_path / "models")

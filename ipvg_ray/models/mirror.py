@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ipvg_ray.models import files
@@ -54,24 +54,34 @@ def publish(name: str, root: Path, mirror: RunPath, report: Callable[[str], obje
 def take(name: str, root: Path, mirror: RunPath, report: Callable[[str], object] = print) -> bool:
     """Have a model of the mirror below `root`; False where this machine has it already.
 
+    A copy that did not come from the mirror is its owner's: one of the listed sizes is used as it is.
+
     Raises:
-        FetchError: where the mirror does not have the model, or the disk has no room for it.
+        FetchError: where the mirror does not have the model or lists files outside of it, the disk has no room for it,
+            or another copy than the mirror's own lies in its place.
         ChecksumError: where files keep coming with another sum than is listed.
     """
     wanted = _listing(name, mirror)
     target, note = root / name, root / ".mirrored" / f"{_flat(name)}.json"
     if wanted is None:
         raise FetchError(f"the mirror {mirror} does not have {name}; put it there with `ipvg-ray models mirror`")
+    _ask_paths(name, wanted["files"], mirror)
     with files.file_lock(root / ".mirrored" / f"{_flat(name)}.lock"):
-        if files.read_json(note) == wanted and not files.differing(wanted["files"], target):
+        same, mirrored = not files.differing(wanted["files"], target), note.is_file() and not target.is_symlink()
+        if same and (not mirrored or files.read_json(note) == wanted):
             return False
+        if not mirrored and (target.exists() or target.is_symlink()):
+            raise FetchError(
+                f"{target} did not come from the mirror {mirror}, and is another {name} than it has; "
+                "move it away, or set models.mirror to null"
+            )
         stage = root / ".mirrored" / f"{_flat(name)}.part"
         stage.mkdir(parents=True, exist_ok=True)
         _ask_disk(name, wanted["files"], stage)
         report(f"taking {name} from {mirror}")
         with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
             list(pool.map(lambda item: _take(mirror / name, stage / "model", *item), wanted["files"].items()))
-        note.unlink(missing_ok=True)
+        files.write_json(note, {})  # what is cut off from here on is the mirror's copy, and not whole
         if target.is_dir():
             shutil.rmtree(target)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -107,6 +117,14 @@ def _take(place: RunPath, stage: Path, part: str, facts: dict[str, Any]) -> None
         except FileNotFoundError as error:
             raise FetchError(f"{source} is listed in the mirror and is not there; mirror the model again") from error
     raise ChecksumError(f"{source} has another SHA-256 than the mirror lists; mirror the model again")
+
+
+def _ask_paths(name: str, wanted: Iterable[str], mirror: RunPath) -> None:
+    """A listing is what others wrote: none of its paths may lead out of the model's folder."""
+    for part in wanted:
+        path = PurePosixPath(part)
+        if path.is_absolute() or ".." in path.parts:
+            raise FetchError(f"the mirror {mirror} lists {part!r} for {name}, which lies outside of the model")
 
 
 def _ask_disk(name: str, wanted: dict[str, dict[str, Any]], stage: Path) -> None:

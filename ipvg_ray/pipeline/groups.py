@@ -15,15 +15,18 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from ipvg_ray.pipeline.places import in_order_of_nodes
+from ipvg_ray.pipeline.places import await_place, in_order_of_nodes
 from ipvg_ray.pipeline.processes import Processes
 from ipvg_ray.pipeline.stage import RankContext, Ranks, RowError
+from ipvg_ray.pipeline.staging import take_models
+from ipvg_ray.pipeline.store import FencedError
+from ipvg_ray.storage import StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +70,15 @@ class _Rank:
         self.store = dist.TCPStore(host, 0, self.ranks, is_master=True, wait_for_workers=False)
         return host, self.store.port
 
-    def setup(self, make: Callable[[RankContext], Any], store: tuple[str, int], device: str, threads: int) -> None:
-        """Meet the others and make the object that works."""
+    def setup(self, asked: Ranks, store: tuple[str, int], device: str, threads: int) -> None:
+        """Have the models on this node, meet the others and make the object that works."""
         from datetime import timedelta
 
         import torch
         import torch.distributed as dist
 
+        if asked.stage is not None:
+            take_models([asked.stage])
         torch.set_num_threads(threads)
         met = self.store if self.rank == 0 else dist.TCPStore(*store, self.ranks, is_master=False)
         dist.init_process_group(
@@ -84,7 +89,7 @@ class _Rank:
             timeout=timedelta(seconds=_PEER_SECONDS),
             device_id=torch.device("cuda", 0) if device == "cuda" else None,
         )
-        self.target = make(RankContext(self.rank, self.ranks, device, threads, self._alive))
+        self.target = asked.make(RankContext(self.rank, self.ranks, device, threads, self._alive))
 
     def call(self, method: str, args: tuple[Any, ...]) -> Any:
         """Call a method of the object; only rank 0's answer travels."""
@@ -162,6 +167,9 @@ class LedGroup:
                 logger.warning("a group of %d ranks is made anew: %s", self.asked.size, error)
                 words.append(str(error))
                 self.close()
+            except (StorageError, FencedError):
+                self.close()  # others may wait for the rank that raised; the run's place is no better in a new group
+                raise
         times = f"{len(words)} times" if len(words) > 1 else "once"
         raise RowError(
             "group_lost", f"the group that worked on this row was lost {times}, the last time so: {words[-1]}"
@@ -181,6 +189,8 @@ class LedGroup:
     def _stand(self) -> None:
         if self.ranks:
             return
+        if self.place is not None:
+            await_place(self.place)  # after a lost node Ray looks for another; no rebuild helps before that is there
         self.builds += 1
         try:
             self._build()
@@ -201,7 +211,7 @@ class LedGroup:
             self.processes.watch([pid for pid, _ in told])
         first = told[0][1] if self.asked.across_nodes else host
         store = self._all([self.ranks[0].bind.remote(first)], limit_s=BUILD_SECONDS)
-        setups = [rank.setup.remote(self.asked.make, store, self.device, self.threads) for rank in self.ranks]
+        setups = [rank.setup.remote(self.asked, store, self.device, self.threads) for rank in self.ranks]
         self._all(setups, limit_s=BUILD_SECONDS)
 
     def _places(self) -> list[tuple[dict[str, Any], dict[str, str]]]:
@@ -230,6 +240,7 @@ class LedGroup:
         Raises:
             GroupBrokenError: as soon as one dies, or raises without the others, or none has moved for `stall_s`, or
                 `limit_s` have passed.
+            StorageError, FencedError: what one raised: the run's place cannot be reached, and no rank is to blame.
             Exception: what all raised.
         """
         number = {ref: i for i, ref in enumerate(refs)}
@@ -254,9 +265,12 @@ class LedGroup:
             if pending and time.monotonic() > grace:
                 break
         if raised:
-            rank, first = next(iter(raised.items()))
+            causes = [getattr(error, "cause", None) or error for error in raised.values()]
+            if storage := next((cause for cause in causes if isinstance(cause, (StorageError, FencedError))), None):
+                raise storage
             if len(raised) == len(refs):
-                raise getattr(first, "cause", None) or first
+                raise causes[0]
+            rank, first = next(iter(raised.items()))
             raise GroupBrokenError(f"rank {rank} raised, and others did not: {_line(first)}") from first
         return [answers[i] for i in range(len(refs))] if every else answers[0]
 
@@ -274,19 +288,21 @@ class LedGroup:
 
 
 class _Watch:
-    """Notices when nothing has changed for so many seconds."""
+    """Notices when no rank has told anything new for so many seconds; a rank that falls silent has told nothing new."""
 
     def __init__(self, stall_s: float) -> None:
         self.stall_s = stall_s
-        self.seen: Any = None
+        self.told: dict[int, tuple[int, str]] = {}
         self.since = time.monotonic()
 
     def look(self, progress: list[tuple[int, str] | None]) -> None:
         """Raises GroupBrokenError where it has been the same for too long."""
-        if progress != self.seen:
-            self.seen, self.since = progress, time.monotonic()
+        news = {i: answer for i, answer in enumerate(progress) if answer is not None and answer != self.told.get(i)}
+        if news:
+            self.told |= news
+            self.since = time.monotonic()
         elif time.monotonic() - self.since > self.stall_s:
-            stood = ", ".join(f"{i}: {p[1] if p else 'no answer'}" for i, p in enumerate(progress))
+            stood = ", ".join(f"{i}: {answer[1] if answer else 'no answer'}" for i, answer in enumerate(progress))
             raise GroupBrokenError(f"no rank got any further for {self.stall_s:g} s ({stood})")
 
 

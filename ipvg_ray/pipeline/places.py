@@ -6,16 +6,22 @@ each worker that a stage may have, and a worker that comes takes one that is fre
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ipvg_ray.pipeline.plan import Step
+from ipvg_ray.pipeline.stage import Resources
+
+logger = logging.getLogger(__name__)
 
 _ASK_SECONDS = 2.0
+_TELL_SECONDS = 60.0
 
 
 @ray.remote(num_cpus=0)
@@ -57,6 +63,8 @@ def places(steps: Sequence[Step]) -> Iterator[dict[str, Any]]:
 
     The placement groups are removed at the end, however it comes; a driver that is killed takes them with it.
     """
+    # Beside the driver, as the desk: a worker's node that is lost must not take it along.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     made: list[Any] = []
     offices: dict[str, Any] = {}
     try:
@@ -64,18 +72,27 @@ def places(steps: Sequence[Step]) -> Iterator[dict[str, Any]]:
             ranks, asks = step.stage.ranks(), step.stage.resources()
             if ranks is None or not ranks.across_nodes:
                 continue
-            bundle = {"GPU": 1.0} if asks.gpus else {"CPU": max(asks.cpus, 0.01)}
-            if asks.accelerator_type:
-                bundle[f"accelerator_type:{asks.accelerator_type}"] = 0.001
-            own = [placement_group([bundle] * ranks.size, strategy="PACK") for _ in range(asks.max_workers)]
+            labels = [dict(asks.label_selector)] * ranks.size if asks.label_selector else None
+            own = [
+                placement_group([rank_asks(asks)] * ranks.size, strategy="PACK", bundle_label_selector=labels)  # type: ignore[arg-type]
+                for _ in range(asks.max_workers)
+            ]
             made += own
-            offices[step.name] = _Places.remote(own)  # type: ignore[attr-defined]
+            offices[step.name] = _Places.options(scheduling_strategy=here).remote(own)  # type: ignore[attr-defined]
         yield offices
     finally:
         for office in offices.values():
             ray.kill(office)
         for place in made:
             remove_placement_group(place)
+
+
+def rank_asks(asks: Resources) -> dict[str, float]:
+    """What one rank of a group that may span nodes takes, by Ray's names; `asks` are its stage's."""
+    unit = {"GPU": 1.0} if asks.gpus else {"CPU": max(asks.cpus, 0.01)}
+    if asks.accelerator_type:
+        unit[f"accelerator_type:{asks.accelerator_type}"] = 0.001
+    return unit
 
 
 def claimed(office: Any) -> Any:
@@ -88,8 +105,14 @@ def claimed(office: Any) -> Any:
     place = ray.get(office.claim.remote(here.get_actor_id(), here.current_actor))
     if place is None:
         raise RuntimeError("there are more workers than places for their groups")
-    ray.get(place.ready())
+    await_place(place)
     return place
+
+
+def await_place(place: Any) -> None:
+    """Come back when all of a placement group is there, also after it has lost a node; as long as that takes."""
+    while not place.wait(_TELL_SECONDS):
+        logger.warning("a group waits for the nodes of its ranks")
 
 
 def in_order_of_nodes(place: Any) -> list[int]:

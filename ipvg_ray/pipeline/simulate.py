@@ -303,7 +303,7 @@ class _Simulation:
             return
         self._deal(stage)
         if not self.owed[stage]:
-            self._leave(stage)
+            self._leave()
 
     def _worked(self, stage: int, begun: float) -> None:
         result, asks = self.results[stage], self.loads[stage].asks
@@ -311,10 +311,10 @@ class _Simulation:
         if asks.gpus:
             result.gpus.add(begun, self.now, asks.gpus / asks.concurrency)
 
-    def _leave(self, stage: int) -> None:
-        """A stage that is done gives its places back; nodes that nobody needs any more go."""
+    def _leave(self) -> None:
+        """Let nodes go whose stages are all done; one whose workers still load their models is needed."""
         for node in self.nodes:
-            if not node.gone and node.ready and all(not self.owed[worker.stage] for worker in node.workers):
+            if not node.gone and node.ready and all(not self.owed[stage] for stage in node.placed):
                 self._release(node)
 
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 import ray
 
 from ipvg_ray.errors import UserError
+from ipvg_ray.pipeline.places import rank_asks
 from ipvg_ray.pipeline.plan import Step
+from ipvg_ray.pipeline.stage import Ranks
 
 _HELPER_CPUS = 1.0
 """What Ray Data's own tasks, which cut streams into batches, want free on one node; it cannot be lowered."""
@@ -53,9 +55,9 @@ def phases(steps: Sequence[Step], in_turn: bool, say: Callable[[str], None]) -> 
 def _lacking(steps: Sequence[Step], there: dict[str, float], cards: Sequence[float]) -> str:
     """What these steps' smallest pools, and Ray Data's own tasks, want beyond what is there; empty where they fit."""
     pools = [step.stage.resources() for step in steps]
-    wanted = {"CPU": _HELPER_CPUS + sum(p.cpus * p.min_workers for p in pools)}
+    wanted = {"CPU": _HELPER_CPUS + sum(p.cpus * p.min_workers for p in pools) + sum(map(_rank_cpus, steps))}
     wanted["memory"] = sum(p.memory_gb * 2**30 * p.min_workers for p in pools)
-    wanted["GPU"] = sum(p.gpus * p.min_workers for p in pools)
+    wanted["GPU"] = sum(sum(_card_asks(step)) for step in steps)
     short = [
         f"{need / 2**30:.0f} GiB of memory, and there are {there.get(kind, 0) / 2**30:.0f}"
         if kind == "memory"
@@ -75,10 +77,24 @@ def _lacking(steps: Sequence[Step], there: dict[str, float], cards: Sequence[flo
 
 
 def _card_asks(step: Step) -> list[float]:
-    """What a step's smallest pool asks of cards, in portions that must each lie on one node."""
-    asks, ranks = step.stage.resources(), step.stage.ranks()
-    portions = [1.0] * int(asks.gpus) if ranks and ranks.across_nodes else [asks.gpus]
-    return portions * asks.min_workers
+    """What a step's smallest pool asks of cards, in portions that must each lie on one node.
+
+    Groups that may span nodes have their places reserved before the first row, for as many workers as there may be.
+    """
+    asks = step.stage.resources()
+    return [1.0] * int(asks.gpus) * asks.max_workers if _spanning(step) else [asks.gpus] * asks.min_workers
+
+
+def _rank_cpus(step: Step) -> float:
+    """What the places of groups that may span nodes reserve of CPUs, beside what their leaders ask for."""
+    asks, ranks = step.stage.resources(), _spanning(step)
+    return rank_asks(asks).get("CPU", 0.0) * ranks.size * asks.max_workers if ranks else 0.0
+
+
+def _spanning(step: Step) -> Ranks | None:
+    """The ranks of a step's groups, where those may span nodes."""
+    ranks = step.stage.ranks()
+    return ranks if ranks and ranks.across_nodes else None
 
 
 def _values(selector: str) -> list[str]:

@@ -134,6 +134,7 @@ class Ranks:
         across_nodes: whether they may be spread over nodes; else all run on the worker's own.
         stall_s: seconds without a sign of any rank after which they are taken to hang; 0 for no limit.
         rebuilds: how often the group is made anew for one call before that call is given up.
+        stage: whose models each rank's node must have before `make` is called; a new one, that has not been set up.
     """
 
     size: int
@@ -141,6 +142,7 @@ class Ranks:
     across_nodes: bool = False
     stall_s: float = 0.0
     rebuilds: int = 2
+    stage: Stage | None = None
 
 
 class Group(Protocol):

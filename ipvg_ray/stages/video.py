@@ -67,7 +67,7 @@ class VideoStage(Stage):
         if group.gpus == 1:
             return None
         make = functools.partial(_make_rank, section, self.models()["model"])
-        return Ranks(group.gpus, make, group.across_nodes, group.stall_s, group.rebuilds)
+        return Ranks(group.gpus, make, group.across_nodes, group.stall_s, group.rebuilds, type(self)(self.config))
 
     def notes(self) -> Sequence[str]:
         """Which layouts of cards make most videos an hour, and which a video soonest."""

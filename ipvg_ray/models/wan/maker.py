@@ -16,7 +16,7 @@ from ipvg_ray.models.wan.cache import FirstBlock, TaylorSeer
 from ipvg_ray.models.wan.errors import WanError
 from ipvg_ray.models.wan.guidance import Cfg, Guidance, Step, Tpige, Window
 from ipvg_ray.models.wan.loop import Denoiser, Evaluate, LoopState, evaluate_in_turn, evaluate_together
-from ipvg_ray.models.wan.parallel import Layout, Mesh, split_branches, split_transformer, summed
+from ipvg_ray.models.wan.parallel import Axis, Layout, Mesh, split_branches, split_transformer, summed, told
 from ipvg_ray.models.wan.state import Keeper, Place, name_of
 from ipvg_ray.models.wan.tasks import TASKS, Size, Task
 from ipvg_ray.models.wan.video import Sample, VideoModel
@@ -53,7 +53,7 @@ class VideoMaker:
     ) -> None:
         self.section = section
         self.alive = alive
-        self.first_rank = mesh is None or mesh.everyone.rank == 0
+        self.everyone = mesh.everyone if mesh is not None else None
         task = TASKS[section.task]
         # A row that is run again outside of its group has nobody to share weights with.
         weights = "whole" if mesh is None and section.group.weights == "fsdp" else section.group.weights
@@ -112,8 +112,8 @@ class VideoMaker:
         job = (samples, negative, size, guidance(section), section.steps)
         if not section.save_every or kept is None:
             return self.video.denoise(*job, on_step=self._tell)
-        own = kept if self.first_rank else _ReadOnly(kept)
         device = self.video.autoencoder.device
+        own = kept if self.everyone is None else _Shared(kept, self.everyone)
         keeper = Keeper(own, name_of(samples, negative), section.save_every, device, self.reset)
 
         def on_step(step: Step, state: LoopState) -> None:
@@ -176,11 +176,20 @@ class VideoRank:
         return self.maker.make(samples, negative, kept)
 
 
-class _ReadOnly:
-    """The place of states as ranks see it that are not the first: all go on from a state, one keeps it."""
+class _Shared:
+    """The place of states as the ranks of a group see it: the first reads for all, and writes alone.
 
-    def __init__(self, kept: Place) -> None:
-        self.read = kept.read
+    If each read for itself, one might find a state that another does not see yet, and begin at another step.
+    """
+
+    def __init__(self, kept: Place, everyone: Axis) -> None:
+        self.kept = kept
+        self.everyone = everyone
+
+    def read(self, name: str) -> bytes | None:
+        data: bytes | None = told(self.kept.read(name) if self.everyone.rank == 0 else None, self.everyone)
+        return data
 
     def write(self, name: str, data: bytes) -> None:
-        pass
+        if self.everyone.rank == 0:
+            self.kept.write(name, data)

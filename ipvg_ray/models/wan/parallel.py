@@ -200,6 +200,13 @@ def summed(values: torch.Tensor, mesh: Mesh) -> torch.Tensor:
     return values
 
 
+def told(value: Any, axis: Axis) -> Any:
+    """The first rank's value, on every rank of an axis; the others' values are not looked at."""
+    values = [value]
+    dist.broadcast_object_list(values, group=axis.group, group_src=0)
+    return values[0]
+
+
 def split_branches(evaluate: Evaluate, axis: Axis) -> Evaluate:
     """Deal a step's branches among ranks, each of which computes its own; all get all predictions.
 

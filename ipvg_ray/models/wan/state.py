@@ -65,9 +65,20 @@ class Keeper:
             return None
 
     def on_step(self, step: Step, state: LoopState) -> None:
-        """Keep the state if its turn has come; not after the last step, when only the decoding is left."""
+        """Keep the state if its turn has come; not after the last step, when only the decoding is left.
+
+        A video can do without its states, so one that cannot be written is only told.
+
+        Raises:
+            FileNotFoundError: where the place itself is gone; then what comes of the video cannot be kept either.
+        """
         if state.done % self.every == 0 and state.done < step.count:
-            self.place.write(self.name, pack(state))
+            try:
+                self.place.write(self.name, pack(state))
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                logger.warning("the state of a video cannot be kept (%s); it goes on without", error)
             self.reset()
 
 

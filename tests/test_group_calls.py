@@ -1,0 +1,128 @@
+"""How a leader judges its ranks' answers, with refs and answers that are made up; test_groups.py has real ones."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray")
+
+import ray
+
+from ipvg_ray.pipeline import groups
+from ipvg_ray.pipeline.groups import GroupBrokenError, LedGroup, _Watch
+from ipvg_ray.pipeline.stage import Ranks, RowError
+from ipvg_ray.pipeline.store import FencedError
+from ipvg_ray.storage import StorageError
+
+
+class Answers:
+    """Stands for `ray`: a ref is answered with what it names, an exception is raised, and `None` never comes."""
+
+    exceptions = ray.exceptions
+
+    def __init__(self, answers: list[Any]) -> None:
+        self.answers = answers
+
+    def wait(self, refs: list[int], num_returns: int, timeout: float) -> tuple[list[int], list[int]]:
+        done = [ref for ref in refs if self.answers[ref] is not None][:num_returns]
+        return done, [ref for ref in refs if ref not in done]
+
+    def get(self, ref: int) -> Any:
+        answer = self.answers[ref]
+        if isinstance(answer, Exception):
+            raise ray.exceptions.RayTaskError("call", "its traceback", answer)
+        return answer
+
+    def put(self, value: Any) -> Any:
+        return value
+
+
+@pytest.fixture
+def led(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A group of two ranks whose calls are answered as told, and how often it was made."""
+
+    def make(answers: list[Any]) -> LedGroup:
+        monkeypatch.setattr(groups, "ray", Answers(answers))
+        monkeypatch.setattr(groups, "_GRACE_SECONDS", 0.1)
+        group = LedGroup(Ranks(2, lambda context: None, rebuilds=2), "cpu", 1)
+
+        def stand() -> None:
+            if not group.ranks:
+                group.builds += 1
+                calls = [lambda method, args, number=number: number for number in range(len(answers))]
+                group.ranks = [SimpleNamespace(call=SimpleNamespace(remote=call)) for call in calls]
+
+        def close() -> None:
+            group.ranks = []
+
+        monkeypatch.setattr(group, "_stand", stand)
+        monkeypatch.setattr(group, "close", close)
+        return group
+
+    return make
+
+
+@pytest.mark.parametrize("error", [StorageError("the disk is full"), FencedError("closed")])
+def test_a_place_that_cannot_be_written_ends_the_call_at_once(error: Exception, led: Any) -> None:
+    group = led([error, None])
+    with pytest.raises(type(error), match=str(error)):
+        group.run("make")
+    assert group.builds == 1, "a new group would do no better"
+    assert not group.ranks, "the other rank waits for the one that raised"
+
+
+def test_a_rank_that_raises_alone_costs_three_groups(led: Any) -> None:
+    group = led([None, ValueError("out of memory")])
+    with pytest.raises(RowError, match="lost 3 times, the last time so: rank 1 raised, and others did not"):
+        group.run("make")
+    assert group.builds == 3
+
+
+def test_what_all_raise_leaves_the_group_whole(led: Any) -> None:
+    group = led([ValueError("a"), ValueError("b")])
+    with pytest.raises(ValueError, match="a"):
+        group.run("make")
+    assert group.ranks
+
+
+def test_a_rank_that_answers_now_and_then_does_not_get_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(groups.time, "monotonic", lambda: now)
+    watch = _Watch(stall_s=10.0)
+    for now in range(10):
+        watch.look([(3, "step 3"), (3, "step 3") if now % 2 else None])
+    now = 12.0
+    with pytest.raises(GroupBrokenError, match=r"any further for 10 s \(0: step 3, 1: no answer\)"):
+        watch.look([(3, "step 3"), None])
+    watch.look([(4, "step 4"), None])
+    now = 21.0
+    watch.look([(4, "step 4"), (3, "step 3")])
+
+
+def test_a_group_waits_for_its_nodes_before_it_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost node's bundles come back only with another node; tries before that would all be in vain."""
+    ready = [False, False, True]
+    place = SimpleNamespace(wait=lambda seconds: ready.pop(0))
+    group = LedGroup(Ranks(2, lambda context: None, True), "cpu", 1, place)
+    left: list[int] = []
+    monkeypatch.setattr(group, "_build", lambda: left.append(len(ready)))
+    group.start()
+    assert (left, group.builds) == ([0], 1)
+
+
+def test_a_rank_has_the_models_on_its_node_before_it_loads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.distributed as dist
+
+    rank = object.__new__(groups._Rank.__ray_metadata__.modified_class)
+    rank.rank, rank.ranks, did = 0, 1, []
+    monkeypatch.setattr(groups, "take_models", did.append)
+    stage: Any = SimpleNamespace()
+    asked = Ranks(1, lambda context: did.append(context.rank), stage=stage)
+    try:
+        rank.setup(asked, rank.bind("127.0.0.1"), "cpu", 1)
+    finally:
+        dist.destroy_process_group()
+    assert did == [[stage], 0]
