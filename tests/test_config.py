@@ -92,6 +92,13 @@ def test_video_settings_that_exclude_each_other(overrides: list[str], message: s
         config.load("gpu", overrides=overrides)
 
 
+def test_a_reference_that_nothing_draws_is_refused() -> None:
+    chosen = ["video.task=vace-r2v", "video.reference=reference_picture"]
+    with pytest.raises(config.ConfigError, match=r"set first_frame\.reference\.enhance to hyperlora"):
+        config.load("gpu", overrides=chosen)
+    config.load("gpu", overrides=[*chosen, "first_frame.reference.enhance=hyperlora"])
+
+
 def test_unknown_profile_and_file(tmp_path: Path) -> None:
     with pytest.raises(config.ConfigError, match="did you mean 'cpu-mini'"):
         config.load("cpu-min")
