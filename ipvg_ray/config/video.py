@@ -73,9 +73,10 @@ class VideoConfig(StageSection):
 
     Fields that are not given take the task's official value (`OFFICIAL`). `guidance_low` and `boundary` belong to the
     second expert of i2v-A14B. `reference` says which picture the tasks with a reference take: the identity's own,
-    the person cut from it, or the one that `first_frame.reference.enhance` draws. `branches` together computes branches of guidance in one forward, `together` so many videos: both cost memory. `save_every` steps a
-    video's state is kept beside the run, for another worker to go on from (0: never). `text_in_worker` loads UMT5 into
-    the video workers, in place of the stage text_states. `storage` fp8 keeps weights in 8 bits: lossy.
+    the person cut from it, or the one that `first_frame.reference.enhance` draws. `branches` together computes
+    branches of guidance in one forward, `together` so many videos: both cost memory. `save_every` steps a video's state
+    is kept beside the run, for another worker to go on from (0: never). `text_in_worker` loads UMT5 into the video
+    workers, in place of the stage text_states. `storage` fp8 keeps weights in 8 bits: lossy.
     """
 
     task: TaskName = "vace-i2v"
