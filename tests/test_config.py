@@ -85,6 +85,11 @@ def test_each_video_task_brings_its_official_settings(task: str, expected: tuple
         (["video.task=i2v-A14B", "video.guide=tpige"], r"guide tpige weakens VACE's hints"),
         (["video.task=i2v-A14B", "video.boundary=null"], r"needs boundary"),
         (["video.compile=true", "video.cache.kind=taylorseer"], r"compile and cache exclude each other"),
+        (["video.together=3"], r"together is 3, .* set pool\.batch_size to a multiple of 3"),
+        (
+            ["video.together=2", "video.pool.batch_size=2", "video.cache.kind=first_block"],
+            r"set together to 1, or cache\.kind to taylorseer",
+        ),
     ],
 )
 def test_video_settings_that_exclude_each_other(overrides: list[str], message: str) -> None:

@@ -160,7 +160,8 @@ def test_bytes_follow_row_and_seed_but_not_the_batch(models: Path, tmp_path: Pat
 def test_rows_together_are_the_rows_alone_but_for_rounding(models: Path, tmp_path: Path, row: Any) -> None:
     rows, frames = [row(1), row(2, flip=True), row(3)], []
     for together in (1, 2):
-        results = started(models, tmp_path, together=together, branches="together").process(rows)
+        pool = {"batch_size": 2}
+        results = started(models, tmp_path, together=together, branches="together", pool=pool).process(rows)
         frames.append([videos.read_frames(tmp_path / r["video_uri"]) for r in results if isinstance(r, dict)])
     for alone, beside in zip(*frames, strict=True):
         assert np.abs(alone.astype(int) - beside).mean() < 1, "what the encoder makes of rounding"

@@ -139,6 +139,20 @@ class VideoConfig(StageSection):
         return self
 
     @model_validator(mode="after")
+    def _fits_together(self) -> VideoConfig:
+        if self.together > self.pool.batch_size:
+            raise ValueError(
+                f"together is {self.together}, and a worker is given pool.batch_size {self.pool.batch_size} rows at a "
+                f"time; set pool.batch_size to a multiple of {self.together}"
+            )
+        if self.together > 1 and self.cache.kind == "first_block":
+            raise ValueError(
+                "cache first_block decides for all videos of a forward at once, so that a row's video would depend on "
+                "its neighbours; set together to 1, or cache.kind to taylorseer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fits_the_group(self) -> VideoConfig:
         group, cards = self.group, self.pool.gpus
         if group.gpus > 1 and cards not in (0, 1, group.gpus):
@@ -149,8 +163,21 @@ class VideoConfig(StageSection):
             raise ValueError("tpige.skip leaves out block 0, where ring and ulysses ranks part the tokens")
         if group.ring > 1 and self.compile:
             raise ValueError("compile cannot follow keys and values around a ring: use ulysses, or compile: false")
-        if group.weights != "whole" and self.storage == "fp8":
-            raise ValueError(f"storage fp8 and group.weights {group.weights} exclude each other")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_weights(self) -> VideoConfig:
+        """Weights that come and go are fetched by hooks on each block, and these settings replace or pass them by."""
+        where = self.group.weights
+        if where == "whole":
+            return self
+        for field, chosen, mend in (
+            ("storage fp8", self.storage == "fp8", "storage: dtype"),
+            ("cache.kind first_block", self.cache.kind == "first_block", "cache.kind: taylorseer or none"),
+            ("compile", self.compile, "compile: false"),
+        ):
+            if chosen:
+                raise ValueError(f"{field} and group.weights {where} exclude each other; use {mend}, or weights: whole")
         return self
 
     @property
