@@ -85,11 +85,23 @@ def test_each_video_task_brings_its_official_settings(task: str, expected: tuple
         (["video.task=i2v-A14B", "video.guide=tpige"], r"guide tpige weakens VACE's hints"),
         (["video.task=i2v-A14B", "video.boundary=null"], r"needs boundary"),
         (["video.compile=true", "video.cache.kind=taylorseer"], r"compile and cache exclude each other"),
+        (["video.together=3"], r"together is 3, .* set pool\.batch_size to a multiple of 3"),
+        (
+            ["video.together=2", "video.pool.batch_size=2", "video.cache.kind=first_block"],
+            r"set together to 1, or cache\.kind to taylorseer",
+        ),
     ],
 )
 def test_video_settings_that_exclude_each_other(overrides: list[str], message: str) -> None:
     with pytest.raises(config.ConfigError, match=message):
         config.load("gpu", overrides=overrides)
+
+
+def test_a_reference_that_nothing_draws_is_refused() -> None:
+    chosen = ["video.task=vace-r2v", "video.reference=reference_picture"]
+    with pytest.raises(config.ConfigError, match=r"set first_frame\.reference\.enhance to hyperlora"):
+        config.load("gpu", overrides=chosen)
+    config.load("gpu", overrides=[*chosen, "first_frame.reference.enhance=hyperlora"])
 
 
 def test_unknown_profile_and_file(tmp_path: Path) -> None:

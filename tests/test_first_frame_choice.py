@@ -13,7 +13,7 @@ import pytest
 import torch
 from first_frame_stage import found, picture, row, started, toward
 from PIL import Image
-from sdxl_minis import embedding, make_minis
+from sdxl_minis import embedding, make_minis, words
 
 from ipvg_ray import config
 from ipvg_ray.config import ConfigError
@@ -272,6 +272,16 @@ def test_a_controlnet_sees_how_the_reference_face_is_turned(stage_with, controln
     assert np.abs(straight - plain).mean() > 1
     assert not np.array_equal(straight, turned)  # both alone in their batch: rounding is the same
     assert np.abs(weak - plain).mean() < np.abs(straight - plain).mean() / 5
+
+
+def test_a_long_neighbour_changes_no_controlled_picture(stage_with, controlnet):
+    """The ControlNet takes no mask: what fills a short prompt up must not be heard."""
+    settings = {"controlnet": controlnet, "runtime": {"batch": 3}, "control": {"scale": 1.0}, "attempts": 1}
+    stage = stage_with(**settings)
+    (alone,) = stage.process([row(1, **pose())])
+    rows = [row(2, image_prompt=words(160), **pose()), row(1, **pose()), row(3, image_prompt=words(230), **pose())]
+    beside = stage.process(rows)[1]
+    assert np.abs(picture(alone).astype(int) - picture(beside)).max() <= 1
 
 
 def test_control_is_asked_only_between_start_and_end(stage_with, controlnet):

@@ -50,6 +50,13 @@ def test_who_shares_the_work_is_no_part_of_the_fingerprint() -> None:
         (["video.group={across_nodes: true}"], "for groups of several gpus"),
         (["video.group={gpus: 2, ring: 2}", "video.compile=true"], "around a ring"),
         (["video.group={gpus: 2, ulysses: 2, weights: fsdp}", "video.storage=fp8"], "exclude each other"),
+        (
+            ["video.group={gpus: 2, ulysses: 2, weights: fsdp}", "video.cache.kind=first_block"],
+            "use cache.kind: taylor",
+        ),
+        (["video.group.weights=offload", "video.cache.kind=first_block"], "first_block and group.weights offload"),
+        (["video.group={gpus: 2, ulysses: 2, weights: fsdp}", "video.compile=true"], "use compile: false"),
+        (["video.group.weights=offload", "video.compile=true"], "compile and group.weights offload exclude"),
         (["video.group={gpus: 2, ulysses: 2}", "video.guide=tpige", "video.tpige.skip=[0]"], "leaves out block 0"),
     ],
 )

@@ -14,6 +14,7 @@ from ipvg_ray.experiments.layout import folder_of
 from ipvg_ray.report import tabulate
 from ipvg_ray.report.scored import Scored, skipped_reasons
 from ipvg_ray.report.statistics import Gate, GateError, mean_of, paired
+from ipvg_ray.stages import make_stages
 
 
 def of(*values: float) -> dict[str, float]:
@@ -162,6 +163,14 @@ class TestExperiments:
             assert settings.prompts.method == ("raw" if variant.name.endswith("raw") else "ipvg_std")
             assert ("1.3B" in settings.video.model) is ("1.3B" in variant.name)
             assert settings.dataset.limit == 25
+
+    def test_tpige_begins_from_the_reference_that_the_first_frame_stage_draws(self):
+        for variant in EXPERIMENTS["tpige"].variants:
+            shared = config.load("gpu", values=EXPERIMENTS["tpige"].shared)
+            settings = config.updated(shared.model_dump(mode="json"), [], variant.values)
+            stages = {stage.name: stage for stage in make_stages(settings)}
+            assert "first_frame" in stages
+            assert "reference_picture" in stages["video"].needs
 
     @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
     def test_names_and_metrics(self, experiment: Experiment):

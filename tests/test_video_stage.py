@@ -67,7 +67,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(models: Path, **video: Any) -> config.Config:
     video = {**SMALL, "model": MODELS.get(video.get("task", ""), wan_vace.NAME), **video}
-    return config.load("cpu-mini", values={"models": {"root": str(models)}, "video": video})
+    enhance = "hyperlora" if video.get("reference") == "reference_picture" else "none"
+    values = {"models": {"root": str(models)}, "first_frame": {"reference": {"enhance": enhance}}, "video": video}
+    return config.load("cpu-mini", values=values)
 
 
 def started(models: Path, run: Path, scratch: Memory | None = None, **video: Any) -> VideoStage:
@@ -160,7 +162,8 @@ def test_bytes_follow_row_and_seed_but_not_the_batch(models: Path, tmp_path: Pat
 def test_rows_together_are_the_rows_alone_but_for_rounding(models: Path, tmp_path: Path, row: Any) -> None:
     rows, frames = [row(1), row(2, flip=True), row(3)], []
     for together in (1, 2):
-        results = started(models, tmp_path, together=together, branches="together").process(rows)
+        pool = {"batch_size": 2}
+        results = started(models, tmp_path, together=together, branches="together", pool=pool).process(rows)
         frames.append([videos.read_frames(tmp_path / r["video_uri"]) for r in results if isinstance(r, dict)])
     for alone, beside in zip(*frames, strict=True):
         assert np.abs(alone.astype(int) - beside).mean() < 1, "what the encoder makes of rounding"
@@ -201,8 +204,23 @@ def test_needs_follow_the_task(models: Path) -> None:
     }.items():
         assert set(VideoStage(settings(models, task=task)).needs) == pictures | text
     assert set(VideoStage(settings(models, task="vace-r2v", reference="id_picture")).needs) == {"id_picture", *text}
+    drawn = settings(models, task="vace-r2v", reference="reference_picture")
+    assert set(VideoStage(drawn).needs) == {"reference_picture", *text}
+    assert "first_frame" in [stage.name for stage in make_stages(drawn)], "which draws it"
     names = [stage.name for stage in make_stages(settings(models, task="vace-r2v", text_in_worker=True))]
     assert names == ["faces", "matting", "prompts", "video", "evaluate"]
+
+
+def test_the_video_follows_the_reference_that_is_chosen(models: Path, tmp_path: Path, row: Any) -> None:
+    given, frames = {**row(), "reference_picture": row(flip=True)["image"]}, []
+    for reference in ("image", "reference_picture"):
+        (result,) = started(models, tmp_path, task="vace-r2v", reference=reference).process([given])
+        assert isinstance(result, dict), result
+        frames.append(videos.read_frames(tmp_path / result["video_uri"]))
+    (flipped,) = started(models, tmp_path, task="vace-r2v").process([row(flip=True)])
+    assert isinstance(flipped, dict)
+    assert not np.array_equal(*frames)
+    assert np.array_equal(frames[1], videos.read_frames(tmp_path / flipped["video_uri"]))
 
 
 def test_the_reference_must_be_the_file_that_the_run_began_with(models: Path, tmp_path: Path, row: Any) -> None:

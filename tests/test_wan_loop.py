@@ -178,6 +178,15 @@ def test_tpige_is_its_formula_with_forwards_made_apart(task: str, mode: Any, roo
         assert (seen[number] - x).abs().max() < 1e-5, f"step {number}"
 
 
+def test_branches_whose_controls_differ_in_length_can_be_asked_for_together(root: Path, texts: Any) -> None:
+    """No block is skipped, and the weak branch's control lacks the reference's frame."""
+    job: Any = ([sample("vace-r2v", texts[0])], texts[1], SIZE, Tpige(Cfg(5.0), skip=()), 2)
+    in_turn, together = (
+        model(root, "vace-r2v", evaluate=way).denoise(*job) for way in (evaluate_in_turn, evaluate_together)
+    )
+    assert (together - in_turn).abs().max() < 1e-5
+
+
 def test_tpige_needs_vace(root: Path, texts: Any) -> None:
     with pytest.raises(ValueError, match="only VACE"):
         model(root, "ti2v-5B").denoise([sample("ti2v-5B", texts[0])], texts[1], SIZE, Tpige(Cfg(5.0)), 2)

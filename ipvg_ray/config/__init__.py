@@ -87,6 +87,15 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _reference_is_drawn(self) -> Config:
+        if self.video.reference == "reference_picture" and self.first_frame.reference.enhance == "none":
+            raise ValueError(
+                "video.reference is reference_picture, which nothing draws; set first_frame.reference.enhance to "
+                "hyperlora, or video.reference to image or id_picture"
+            )
+        return self
+
 
 def profiles() -> list[str]:
     """Names of the built-in profiles."""

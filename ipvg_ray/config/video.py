@@ -72,10 +72,11 @@ class VideoConfig(StageSection):
     """First frame or reference picture and prompt to video.
 
     Fields that are not given take the task's official value (`OFFICIAL`). `guidance_low` and `boundary` belong to the
-    second expert of i2v-A14B. `reference` says which picture the tasks with a reference take. `branches` together
-    computes branches of guidance in one forward, `together` so many videos: both cost memory. `save_every` steps a
-    video's state is kept beside the run, for another worker to go on from (0: never). `text_in_worker` loads UMT5 into
-    the video workers, in place of the stage text_states. `storage` fp8 keeps weights in 8 bits: lossy.
+    second expert of i2v-A14B. `reference` says which picture the tasks with a reference take: the identity's own,
+    the person cut from it, or the one that `first_frame.reference.enhance` draws. `branches` together computes
+    branches of guidance in one forward, `together` so many videos: both cost memory. `save_every` steps a video's state
+    is kept beside the run, for another worker to go on from (0: never). `text_in_worker` loads UMT5 into the video
+    workers, in place of the stage text_states. `storage` fp8 keeps weights in 8 bits: lossy.
     """
 
     task: TaskName = "vace-i2v"
@@ -94,7 +95,7 @@ class VideoConfig(StageSection):
     boundary: Unit | None = None
     tpige: TpigeConfig = TpigeConfig()
     conditioning_scale: float = 1.0
-    reference: Literal["image", "id_picture"] = "image"
+    reference: Literal["image", "id_picture", "reference_picture"] = "image"
     text_in_worker: bool = False
     save_every: int = Field(10, ge=0)
     together: int = Field(1, ge=1)
@@ -138,6 +139,20 @@ class VideoConfig(StageSection):
         return self
 
     @model_validator(mode="after")
+    def _fits_together(self) -> VideoConfig:
+        if self.together > self.pool.batch_size:
+            raise ValueError(
+                f"together is {self.together}, and a worker is given pool.batch_size {self.pool.batch_size} rows at a "
+                f"time; set pool.batch_size to a multiple of {self.together}"
+            )
+        if self.together > 1 and self.cache.kind == "first_block":
+            raise ValueError(
+                "cache first_block decides for all videos of a forward at once, so that a row's video would depend on "
+                "its neighbours; set together to 1, or cache.kind to taylorseer"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fits_the_group(self) -> VideoConfig:
         group, cards = self.group, self.pool.gpus
         if group.gpus > 1 and cards not in (0, 1, group.gpus):
@@ -148,8 +163,21 @@ class VideoConfig(StageSection):
             raise ValueError("tpige.skip leaves out block 0, where ring and ulysses ranks part the tokens")
         if group.ring > 1 and self.compile:
             raise ValueError("compile cannot follow keys and values around a ring: use ulysses, or compile: false")
-        if group.weights != "whole" and self.storage == "fp8":
-            raise ValueError(f"storage fp8 and group.weights {group.weights} exclude each other")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_weights(self) -> VideoConfig:
+        """Weights that come and go are fetched by hooks on each block, and these settings replace or pass them by."""
+        where = self.group.weights
+        if where == "whole":
+            return self
+        for field, chosen, mend in (
+            ("storage fp8", self.storage == "fp8", "storage: dtype"),
+            ("cache.kind first_block", self.cache.kind == "first_block", "cache.kind: taylorseer or none"),
+            ("compile", self.compile, "compile: false"),
+        ):
+            if chosen:
+                raise ValueError(f"{field} and group.weights {where} exclude each other; use {mend}, or weights: whole")
         return self
 
     @property

@@ -90,7 +90,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         {"dataset": {"limit": 25}},
     ),
     "tpige": Experiment(
-        "Guidance of TPIGE against plain guidance, from the reference picture",
+        "Guidance of TPIGE against plain guidance, from the reference drawn in the prompt's clothes",
         _TPIGE,
         (
             Variant("plain guidance", {"video": {"guide": "cfg"}}),
@@ -101,7 +101,11 @@ EXPERIMENTS: dict[str, Experiment] = {
             ),
             Variant("TPIGE, formula of the figure", {"video": {"guide": "tpige", "tpige": {"mode": "paper"}}}),
         ),
-        {"prompts": {"method": "tpige"}, "video": {"task": "vace-r2v"}},
+        {
+            "prompts": {"method": "tpige"},
+            "first_frame": {"reference": {"enhance": "hyperlora"}},
+            "video": {"task": "vace-r2v", "reference": "reference_picture"},
+        },
     ),
 }
 

@@ -28,6 +28,10 @@ PATIENCE = 3
 """How many batches of other jobs may be run before a job that waits for company is run with what company it has."""
 
 
+class BatcherEndedError(RuntimeError):
+    """A job for a batcher whose thread has ended."""
+
+
 @dataclass(eq=False)
 class _Row:
     procedure: Procedure[Any]
@@ -70,6 +74,8 @@ class Batcher:
         self._numbers = itertools.count()
         self._at_work = 0  # rows that are neither waiting for a result nor at their end
         self._closed = False
+        self._ended: str | None = None  # why the thread serves no more
+        self._running: set[_Waiting] = set()  # of the batch in work, those without a result
         self._thread = threading.Thread(target=self._serve, name="batcher", daemon=True)
         self._thread.start()
 
@@ -78,11 +84,16 @@ class Batcher:
 
         Returns:
             What each returned, in order, or the exception that it ended with. An exception of `run` is raised inside
-            the procedure, where it waits for its results.
+            the procedure, where it waits for its results; so is BatcherEndedError where the thread has ended.
+
+        Raises:
+            BatcherEndedError: after `close`.
         """
         inbox: queue.SimpleQueue[_Row] = queue.SimpleQueue()
         rows = [_Row(procedure, inbox) for procedure in procedures]
         with self._changed:
+            if self._closed:
+                raise BatcherEndedError("the batcher was closed; make a new one")
             self._at_work += len(rows)
         unfinished = 0
         for row in rows:
@@ -129,6 +140,10 @@ class Batcher:
     def _submit(self, row: _Row, jobs: Sequence[Job]) -> None:
         row.results, row.open = [None] * len(jobs), len(jobs)
         with self._changed:
+            if self._ended is not None:
+                row.error = BatcherEndedError(self._ended)
+                row.inbox.put(row)
+                return
             for place, (key, job) in enumerate(jobs):
                 self._waiting.append(_Waiting(next(self._numbers), row, place, key, job))
             self._at_work -= 1
@@ -137,8 +152,19 @@ class Batcher:
     # -- the thread --------------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        while batch := self._next_batch():
-            self._try(batch)
+        ended = "the batcher was closed before this job's turn"
+        try:
+            while batch := self._next_batch():
+                self._running = set(batch)
+                self._try(batch)
+        except BaseException as error:  # SystemExit too: whoever waits must hear of it
+            ended = f"the batcher's thread ended with {error!r}"
+            log.exception("the batcher's thread ends; whoever waits or asks later gets an error")
+        with self._changed:
+            self._ended = ended
+            left, self._waiting = [*self._running, *self._waiting], []
+        for each in left:
+            self._deliver(each, None, BatcherEndedError(ended))
 
     def _next_batch(self) -> list[_Waiting]:
         """The next batch's jobs, [] after `close`."""
@@ -178,6 +204,8 @@ class Batcher:
         """Run a batch, or in halves what fails as a whole; whether every job got its result."""
         try:
             results = self._run(batch[0].key, [each.job for each in batch])
+            if len(results) != len(batch):
+                raise ValueError(f"{len(results)} results came back for {len(batch)} jobs")
         except Exception as error:
             alone = error if len(batch) == 1 else None
         else:
@@ -197,6 +225,7 @@ class Batcher:
         return all(worked)
 
     def _deliver(self, each: _Waiting, result: Any, error: BaseException | None) -> None:
+        self._running.discard(each)
         row = each.row
         row.results[each.place] = result
         row.error = row.error or error

@@ -6,6 +6,7 @@ per sample and has not quite the noise levels that the method was released with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -77,7 +78,7 @@ class _Conditions(NamedTuple):
     """The UNet's and the ControlNet's keyword arguments for one batch, guidance's copies included."""
 
     unet: dict[str, Any]
-    control: torch.Tensor | None
+    control: dict[str, Any] | None
 
 
 class Sdxl:
@@ -188,7 +189,12 @@ class Sdxl:
         if self._controls(settings):
             pictures = torch.cat([_tensor(request.control) for request in requests]) / 255
             copies = len(texts) // len(requests)
-            control = pictures.to(self.device, self.controlnet.dtype).repeat(copies, 1, 1, 1)
+            control = {
+                "controlnet_cond": pictures.to(self.device, self.controlnet.dtype).repeat(copies, 1, 1, 1),
+                "encoder_hidden_states": _repeated(texts),
+                "added_cond_kwargs": added,
+                "conditioning_scale": settings.control_scale,
+            }
         conditions = {"encoder_hidden_states": states, "encoder_attention_mask": mask, "added_cond_kwargs": added}
         return _Conditions(conditions, control)
 
@@ -204,22 +210,12 @@ class Sdxl:
         batch = self.noise.scaled(x, sigma).to(self.unet.dtype)
         residuals: dict[str, Any] = {}
         if conditions.control is not None and settings.control_start <= share < settings.control_end:
-            residuals = self._controlled(batch, step, conditions, settings.control_scale)
+            residuals = self._controlled(batch, step, conditions.control)
         predicted = self.unet(batch, step, **conditions.unet, **residuals).sample.float()
         return self.noise.data(x, predicted, sigma)
 
-    def _controlled(
-        self, batch: torch.Tensor, step: torch.Tensor, conditions: _Conditions, scale: float
-    ) -> dict[str, Any]:
-        down, middle = self.controlnet(
-            batch.to(self.controlnet.dtype),
-            step,
-            encoder_hidden_states=conditions.unet["encoder_hidden_states"],
-            added_cond_kwargs=conditions.unet["added_cond_kwargs"],
-            controlnet_cond=conditions.control,
-            conditioning_scale=scale,
-            return_dict=False,
-        )
+    def _controlled(self, batch: torch.Tensor, step: torch.Tensor, conditions: dict[str, Any]) -> dict[str, Any]:
+        down, middle = self.controlnet(batch.to(self.controlnet.dtype), step, **conditions, return_dict=False)
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
     # -- the VAE -----------------------------------------------------------------------------------------------------
@@ -264,6 +260,16 @@ def _padded(texts: Sequence[TextStates]) -> tuple[torch.Tensor, torch.Tensor | N
         return states, None
     places = torch.arange(longest, device=states.device)
     return states, places[None] < torch.tensor(lengths, device=states.device)[:, None]
+
+
+def _repeated(texts: Sequence[TextStates]) -> torch.Tensor:
+    """States of one length without a mask, which diffusers' ControlNet has no argument for.
+
+    Each text is repeated whole to a common multiple of the lengths. Attention to a text said n times is attention to
+    the text: the cross-attention knows no places, and n cancels out in the softmax.
+    """
+    length = math.lcm(*(text.states.shape[1] for text in texts))
+    return torch.cat([text.states.repeat(1, length // text.states.shape[1], 1) for text in texts])
 
 
 def _tensor(picture: np.ndarray | None) -> torch.Tensor:

@@ -47,6 +47,6 @@ def make_stages(config: Config, until: str | None = None) -> list[Stage]:
     )
     wanted = classes if until is None else classes[: NAMES.index(until) + 1]
     idle = {"text_states"} if config.video.text_in_worker else set()
-    if config.video.task == "vace-r2v":
+    if config.video.task == "vace-r2v" and config.video.reference != "reference_picture":
         idle.add("first_frame")
     return [stage(config) for stage in wanted if stage.name not in idle - {until}]

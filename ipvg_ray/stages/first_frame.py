@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +108,6 @@ class FirstFrameStage(Stage):
             device=context.device,
             threads=context.threads,
         )
-        self._faces_turn = threading.Lock()  # insightface keeps the detection's size in the model
         self._control_picture = None
         if "control_picture" in places:
             whole = images.decode(places["control_picture"].read_bytes())
@@ -306,11 +304,11 @@ class FirstFrameStage(Stage):
         if isinstance(picture, SdxlError):
             return Attempt(seed, None, str(picture))
         detail, count = "off", 0
-        found = self._found(picture)
+        found = self._faces.faces(picture)
         if self.settings.detail.enabled:
             picture, count = yield from self._detailed(subject, drawing, picture, found, seed)
             detail = "done" if count else "too_small" if found else "no_face"
-            found = self._found(picture) if count else found
+            found = self._faces.faces(picture) if count else found
         if self._safety is not None:
             (score,) = yield [(_SAFETY, picture)]
             if score >= self.settings.safety.threshold:
@@ -349,10 +347,6 @@ class FirstFrameStage(Stage):
             if not isinstance(face, SdxlError):
                 picture, count = crop.paste(picture, face, section.feather), count + 1
         return picture, count
-
-    def _found(self, picture: np.ndarray) -> list[Face]:
-        with self._faces_turn:
-            return self._faces.faces(picture)
 
 
 def _similarity(found: Sequence[Face], reference: np.ndarray, shape: Sequence[int]) -> float | None:

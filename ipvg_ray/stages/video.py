@@ -49,7 +49,7 @@ class VideoStage(Stage):
         section = config.video
         pictures: tuple[str, ...] = ("first_frame",) if section.task != "vace-r2v" else ()
         if section.task in ("vace-r2v", "vace-i2v+ref"):
-            pictures += ("image", "image_sha256") if section.reference == "image" else ("id_picture",)
+            pictures += ("image", "image_sha256") if section.reference == "image" else (section.reference,)
         text = ("video_prompt",) if section.text_in_worker else ("text_states", "negative_uri")
         self.needs = (*pictures, *text)  # type: ignore[misc] # of this configuration
 
@@ -165,8 +165,8 @@ class VideoStage(Stage):
             first = images.decode(images.image_bytes(row["first_frame"]), limit)
         if "image" in self.needs:
             reference = images.decode(images.image_bytes(row["image"], row["image_sha256"]), limit)
-        elif "id_picture" in self.needs:
-            reference = images.decode(images.image_bytes(row["id_picture"]), limit)
+        elif (name := self.config.video.reference) in self.needs:
+            reference = images.decode(images.image_bytes(row[name]), limit)
         if self._encoder is None:
             text = unpack(row["text_states"])
         elif row["video_prompt"].strip():

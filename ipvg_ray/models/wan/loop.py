@@ -5,7 +5,7 @@ With guidance `Cfg` it computes what diffusers' WanVACEPipeline and WanImageToVi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -186,11 +186,15 @@ def evaluate_in_turn(shared: Shared, branches: Sequence[Branch]) -> list[Tensor]
 def evaluate_together(shared: Shared, branches: Sequence[Branch]) -> list[Tensor]:
     """Branches that skip the same blocks in one forward: faster where one video does not fill the card.
 
+    Where controls differ in length (TPIGE's weak branch lacks the references) branches cannot share one.
     Predictions may differ from those of `evaluate_in_turn` by rounding.
     """
     found: dict[str, Tensor] = {}
-    for skip in dict.fromkeys(branch.skip for branch in branches):
-        group = [branch for branch in branches if branch.skip == skip]
+    groups: dict[Hashable, list[Branch]] = {}
+    for branch in branches:
+        shapes = tuple((name, value.shape) for name, value in branch.extras.items())
+        groups.setdefault((branch.skip, shapes), []).append(branch)
+    for group in groups.values():
         predictions = _forward(shared, _stacked(group), "+".join(b.name for b in group), len(group))
         found |= {b.name: p for b, p in zip(group, predictions.chunk(len(group)), strict=True)}
     return [found[branch.name] for branch in branches]

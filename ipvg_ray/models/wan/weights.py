@@ -47,5 +47,6 @@ def _shard(transformer: Any, device: str, mesh: Mesh | None) -> None:
     # FSDP shards over one dimension and copies over the other, so the longer of the two is cut.
     name = "ulysses" if mesh.ulysses.size >= mesh.ring.size else "ring"
     for block in (*transformer.blocks, *getattr(transformer, "vace_blocks", ())):
-        fully_shard(block.to(device), mesh=mesh.device_mesh[name])
+        # Every block is a root of its own, and roots keep what they gathered unless they are told not to.
+        fully_shard(block.to(device), mesh=mesh.device_mesh[name], reshard_after_forward=True)
     transformer.to(device)
