@@ -11,7 +11,7 @@ import pytest
 from ipvg_ray import config
 from ipvg_ray.dataset.asked import asked
 from ipvg_ray.dataset.problems import DatasetError
-from ipvg_ray.media import videos
+from ipvg_ray.media import images, videos
 from ipvg_ray.pipeline.stage import RowError, StageContext
 from ipvg_ray.stages.given import GivenVideosStage, LayoutError, checked_layout, layout_of, names_of
 
@@ -64,6 +64,8 @@ def test_missing_and_broken_videos(tmp_path):
     good, broken, missing = stage.process(rows)
     assert set(good) == set(stage.table().columns)
     assert (good["video_frames"], good["video_width"], good["video_fps"]) == (4, 48, 8)
+    assert images.decode(good["video_poster"]["bytes"]).shape == (32, 48, 3)
+    assert images.decode(good["video_strip"]["bytes"]).shape == (32, 4 * 48, 3)
     assert (tmp_path / "run" / good["video_uri"]).read_bytes() == data
     assert [error.kind for error in (broken, missing) if isinstance(error, RowError)] == [
         "broken_video",

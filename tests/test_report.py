@@ -128,7 +128,8 @@ class FakeRun:
         (self.dir / uri).parent.mkdir(parents=True, exist_ok=True)
         (self.dir / uri).write_bytes(data)
         shape = {"video_width": 32, "video_height": 32, "video_frames": 5, "video_fps": 4.0, "video_seconds": 1.25}
-        return {"video_uri": uri, "video_bytes": len(data), "video_sha256": "0" * 64, **shape}
+        stills = {"video_poster": images.encode(colour_picture(uri)), "video_strip": images.encode(colour_picture("s"))}
+        return {"video_uri": uri, "video_bytes": len(data), "video_sha256": "0" * 64, **shape, **stills}
 
     def failure(self, stage: str, identity_id: str, sample_id: str | None, **columns: Any) -> None:
         row = {"kind": "error", "message": "went wrong", "attempt": 1, "failed_at": datetime(2025, 11, 21, tzinfo=UTC)}
@@ -251,6 +252,10 @@ def test_pictures_are_those_of_the_tables_and_videos_play_byte_for_byte(run: Fak
     for film in films:
         assert data_uri(film["src"]) == tiny_mp4()
         assert {"muted", "loop", "playsinline", "controls"} <= film.keys()
+    poster = images.decode(data_uri(films[0]["poster"]))
+    assert np.abs(poster.astype(int) - colour_picture("videos/id0/p0.mp4")).max() <= 6
+    strip = images.decode(data_uri(by_alt["Frames of the video of id0/p0, from first to last"]))
+    assert np.abs(strip.astype(int) - colour_picture("s")).max() <= 6
     assert all(a.get("alt") for a in page.all("img") if a.get("src"))
 
 

@@ -18,6 +18,7 @@ from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
 
 Layout = Literal["challenge", "tpige", "2026"]
+_STILL_QUALITY = 85
 LAYOUTS: tuple[Layout, ...] = ("challenge", "tpige", "2026")
 
 
@@ -102,16 +103,20 @@ class GivenVideosStage(Stage):
         else:
             return RowError("missing_video", f"there is no {' or '.join(names)} in {self.folder}")
         try:
-            info = videos.probe(data)
+            frames, fps = videos.read_video(data)
+            if not fps:
+                raise videos.VideoError("the video does not say its frame rate; make it again")
         except videos.VideoError as error:
             return RowError("broken_video", f"{name}: {error}")
         return {
             "video_uri": self._writer.publish("videos", row["identity_id"], row["prompt_id"], ".mp4", data),
             "video_bytes": len(data),
             "video_sha256": hashlib.sha256(data).hexdigest(),
-            "video_width": info.width,
-            "video_height": info.height,
-            "video_frames": info.frames,
-            "video_fps": info.fps,
-            "video_seconds": info.seconds,
+            "video_width": frames.shape[2],
+            "video_height": frames.shape[1],
+            "video_frames": len(frames),
+            "video_fps": fps,
+            "video_seconds": len(frames) / fps,
+            "video_poster": images.encode(videos.poster(frames), "jpeg", _STILL_QUALITY),
+            "video_strip": images.encode(videos.strip(frames), "jpeg", _STILL_QUALITY),
         }
