@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 import types
 from dataclasses import dataclass
@@ -133,6 +134,18 @@ def test_analyser_is_set_up_as_configured(stage, tmp_path):
         },
     )
     assert stage.models() == {"pack": tmp_path / "insightface/models/mini_buffalo_l"}
+
+
+def test_a_worker_without_a_model_that_the_driver_counted_on_does_not_start(stage, tmp_path):
+    path = tmp_path / stage.config.evaluate.amt
+    path.mkdir()
+    sent = EvaluateStage(stage.config)
+    assert sent.usable()[0] == ["motion_smoothness"]
+    path.rmdir()
+    worker = pickle.loads(pickle.dumps(sent))
+    assert worker.wanted_models() == {}
+    with pytest.raises(FileNotFoundError, match="where the run was started and not on .*amt: "):
+        worker.setup(StageContext("cpu", 1, None, str(tmp_path)))  # type: ignore[arg-type]
 
 
 def test_packs_must_be_the_same():

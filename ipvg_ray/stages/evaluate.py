@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from ipvg_ray.metrics import catalogue
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
+
+if TYPE_CHECKING:
+    from ipvg_ray.config import Config
 
 FoundReference = tuple[np.ndarray, np.ndarray | None]
 
@@ -28,6 +32,10 @@ class EvaluateStage(Stage):
     needs: ClassVar[tuple[str, ...]] = ("embedding", "video_uri", "image", "prompt")
     version = 2
 
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._usable: tuple[list[str], dict[str, str]] | None = None
+
     def models(self) -> Mapping[str, Path]:
         """Those that are used: a metric joins or leaves the fingerprint with its models."""
         paths = self.paths()
@@ -37,15 +45,28 @@ class EvaluateStage(Stage):
         paths = self.paths()
         return {field: paths[field] for field in catalogue.fields_of(self.config.evaluate.metrics)}
 
+    def wanted_models(self) -> Mapping[str, Path]:
+        """Those whose terms are accepted; none once it is decided which metrics are computed."""
+        if self._usable is not None:
+            return {}
+        accept = self.config.evaluate.accept_licence
+        return {field: path for field, path in self.optional_models().items() if catalogue.accepted(path, accept)}
+
     def fingerprint_settings(self) -> dict[str, Any]:
         """Without what `models` says already: the models that are not used, and whether their terms are accepted."""
         unused = {*catalogue.fields_of(catalogue.NAMES), "accept_licence"}
         return {key: value for key, value in super().fingerprint_settings().items() if key not in unused}
 
     def usable(self) -> tuple[list[str], dict[str, str]]:
-        """Metrics that can be computed, and the reason for each other one that is wanted."""
-        section = self.config.evaluate
-        return catalogue.usable(section.metrics, self.paths(), accept_licence=section.accept_licence)
+        """Metrics that can be computed, and the reason for each other one that is wanted.
+
+        Decided once, where the run starts: workers are sent the decision, so that none leaves out a metric for a model
+        that its own machine lacks.
+        """
+        if self._usable is None:
+            section = self.config.evaluate
+            self._usable = catalogue.usable(section.metrics, self.paths(), accept_licence=section.accept_licence)
+        return self._usable
 
     def paths(self) -> dict[str, Path]:
         """Field to where its model should be, of all metrics."""
@@ -59,6 +80,14 @@ class EvaluateStage(Stage):
         from ipvg_ray.metrics.scorer import Scorer, Settings
         from ipvg_ray.models.faces import FaceAnalyser
 
+        names, self._skipped = self.usable()
+        paths = self.paths()
+        missing = [f"{field}: {paths[field]}" for field in catalogue.fields_of(names) if not paths[field].exists()]
+        if missing:
+            raise FileNotFoundError(
+                f"models are there where the run was started and not on {platform.node()}: {', '.join(missing)}; "
+                "put models.root on storage that all nodes share, or set models.mirror"
+            )
         section = self.config.evaluate
         torch.set_num_threads(context.threads)
         self._run_dir = context.run_dir.rstrip("/")
@@ -70,7 +99,6 @@ class EvaluateStage(Stage):
             device=context.device,
             threads=context.threads,
         )
-        names, self._skipped = self.usable()
         settings = Settings(
             face_frames=section.frames,
             clip_swapped=section.clip_swapped,
@@ -79,7 +107,7 @@ class EvaluateStage(Stage):
             gme_tokens=section.gme_tokens,
             batch=section.batch,
         )
-        self._scorer = Scorer(names, self.paths(), analyser, device=context.device, settings=settings)
+        self._scorer = Scorer(names, paths, analyser, device=context.device, settings=settings)
         self._find = lru_cache(maxsize=64)(self._find_face)  # an identity's samples mostly follow each other
 
     def process(self, rows: Sequence[Row]) -> Sequence[Row | RowError]:
