@@ -44,7 +44,7 @@ def evaluate(
 ) -> int:
     """Score videos that others made: idNNN/promptK.mp4, idNNN_K.mp4, or K.mp4 with eval.json."""
     from ipvg_ray import cli
-    from ipvg_ray.dataset.asked import asked
+    from ipvg_ray.dataset.asked import asked, require_own_numbers
     from ipvg_ray.experiments import layout as files
     from ipvg_ray.pipeline import run as engine
     from ipvg_ray.report import tabulate
@@ -54,14 +54,21 @@ def evaluate(
 
     folder = videos if "://" in videos else str(Path(videos).resolve())
     kind = given.layout_of(folder) if layout == "auto" else given.checked_layout(layout)
-    values = {"dataset": asked(refs, prompts, _work_folder(out_dir)), **_accepted(accept_licence)}
+    values = {"dataset": asked(refs, prompts, _work_folder(out_dir), numbered=kind == "2026"), **_accepted(accept_licence)}
     settings = config.load(profile or config.default_profile(), file=file, overrides=overrides, values=values)
     stages = [given.GivenVideosStage(settings, folder, kind), EvaluateGivenStage(settings)]
     _say_skipped(stages[1])
     request = engine.Request(
         out_dir, settings.model_dump(mode="json"), settings.seed, stages, retry_failures=retry_failures
     )
-    code = cli._conclude(out_dir, engine.run(request, cli._freezer(settings)), "the same command")
+
+    def freeze(folder: Path) -> dict[str, Any]:
+        found = cli._freezer(settings)(folder)
+        if kind == "2026":
+            require_own_numbers(folder)
+        return found
+
+    code = cli._conclude(out_dir, engine.run(request, freeze), "the same command")
     if code not in (EXIT_OK, EXIT_ROWS_FAILED):
         return code
     found = read_scored(out_dir, Path(folder).name)

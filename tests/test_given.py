@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from ipvg_ray import config
-from ipvg_ray.dataset.asked import asked
+from ipvg_ray import config, tables
+from ipvg_ray.dataset.asked import asked, require_own_numbers
 from ipvg_ray.dataset.problems import DatasetError
 from ipvg_ray.media import images, videos
 from ipvg_ray.pipeline.stage import RowError, StageContext
@@ -92,6 +94,31 @@ class TestAsked:
         found = asked(str(tmp_path / "images"), str(tmp_path / "eval.json"), tmp_path / "work")
         row = {"identity_id": "id007", "image": "id007.webp", "prompt": "p", "prompt_id": "1"}
         assert json.loads(Path(found["path"]).read_text()) == row
+
+    @pytest.mark.parametrize("refs", ["eval.json", "."])
+    def test_the_list_of_2026_is_numbered_as_a_set_too(self, tmp_path, refs):
+        entries = [{"img": f"images/{name}.png", "prompt": "p"} for name in "ab"]
+        (tmp_path / "eval.json").write_text(json.dumps(entries))
+        found = asked(str(tmp_path / refs), None, tmp_path / "work")
+        rows = [json.loads(line) for line in Path(found["path"]).read_text().splitlines()]
+        assert [(row["image"], row["prompt_id"]) for row in rows] == [("images/a.png", "1"), ("images/b.png", "2")]
+        assert found["images"] == str(tmp_path)
+        other = asked(str(tmp_path / refs), None, tmp_path / "work", numbered=False)
+        assert other == {"path": str((tmp_path / refs).resolve())}
+
+    def test_two_samples_of_one_number_are_refused(self, tmp_path):
+        for number, names in enumerate([["1", "2"], ["prompt2"]]):
+            rows = [
+                {"identity_id": f"id{number}", "sample_id": f"id{number}/{name}", "prompt_id": name, "prompt": "p"}
+                for name in names
+            ]
+            (tmp_path / "samples").mkdir(exist_ok=True)
+            table = pa.Table.from_pylist(rows, schema=tables.stored_schema("samples"))
+            pq.write_table(table, tmp_path / f"samples/part-00000{number}.parquet")
+            if not number:
+                require_own_numbers(tmp_path)
+        with pytest.raises(DatasetError, match=r"id0/2 and id1/prompt2 would both be scored on 2\.mp4"):
+            require_own_numbers(tmp_path)
 
     def test_other_files_are_the_set_readers(self, tmp_path):
         (tmp_path / "p.json").write_text('{"a": {"1": "x"}}')
