@@ -76,6 +76,14 @@ def test_missing_and_broken_videos(tmp_path):
     assert "id001_3.mp4 or id001_prompt3.mp4" in missing.message
 
 
+def test_a_video_that_cannot_be_read_is_not_a_missing_one(tmp_path):
+    (tmp_path / "given/id001_1.mp4").mkdir(parents=True)
+    stage = GivenVideosStage(config.load("cpu-mini"), str(tmp_path / "given"), "tpige")
+    stage.setup(StageContext("cpu", 1, Folder(tmp_path / "run"), str(tmp_path / "run")))
+    with pytest.raises(OSError, match=r"id001_1\.mp4"):
+        stage.process([{"identity_id": "id001", "prompt_id": "prompt1", "prompt": "x"}])
+
+
 class TestAsked:
     def test_one_set_with_its_prompts(self, tmp_path):
         assert asked(str(tmp_path), None, tmp_path) == {"path": str(tmp_path)}

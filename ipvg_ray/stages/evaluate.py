@@ -12,6 +12,7 @@ import numpy as np
 
 from ipvg_ray.metrics import catalogue
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
+from ipvg_ray.storage import run_path
 
 if TYPE_CHECKING:
     from ipvg_ray.config import Config
@@ -29,8 +30,8 @@ class EvaluateStage(Stage):
 
     name = "evaluate"
     grain = "sample"
-    needs: ClassVar[tuple[str, ...]] = ("embedding", "video_uri", "image", "prompt")
-    version = 2
+    needs: ClassVar[tuple[str, ...]] = ("embedding", "face_box", "video_uri", "image", "image_sha256", "prompt")
+    version = 3
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -90,7 +91,7 @@ class EvaluateStage(Stage):
             )
         section = self.config.evaluate
         torch.set_num_threads(context.threads)
-        self._run_dir = context.run_dir.rstrip("/")
+        self._run_dir = run_path(context.run_dir)
         analyser = FaceAnalyser(
             self.models()["pack"],
             det_sizes=(section.det_size,),
@@ -117,7 +118,7 @@ class EvaluateStage(Stage):
         from ipvg_ray.media import images, videos
 
         try:
-            frames, fps = videos.read_video(f"{self._run_dir}/{row['video_uri']}")
+            frames, fps = videos.read_video(self._read(row["video_uri"]))
             return self._score(row, frames, fps)
         except RowError as error:
             return error
@@ -125,6 +126,15 @@ class EvaluateStage(Stage):
             return RowError("broken_video", f"{row['video_uri']}: {error}")
         except images.ImageError as error:
             return RowError(error.kind, f"the reference picture: {error}")
+
+    def _read(self, uri: str) -> bytes:
+        """A file of the run, by its path in it as it is written: names that are made safe hold %-signs."""
+        from ipvg_ray.media.videos import VideoError
+
+        try:
+            return (self._run_dir / uri).read_bytes()
+        except FileNotFoundError as error:
+            raise VideoError("the file is not there") from error
 
     def _score(self, row: Row, frames: np.ndarray, fps: float | None) -> Row:
         from ipvg_ray.metrics.frames import Clip
@@ -148,13 +158,20 @@ class EvaluateStage(Stage):
         return bool(frames.shape[:3] == (video.frames, video.height, video.width))
 
     def _found_on(self, row: Mapping[str, Any]) -> FoundReference | None:
-        return self._find(row["image"].get("bytes"), row["image"].get("path"))
+        image, box = row["image"], row.get("face_box")
+        return self._find(
+            image.get("bytes"), image.get("path"), row["image_sha256"], None if box is None else tuple(box)
+        )
 
-    def _find_face(self, data: bytes | None, path: str | None) -> FoundReference | None:
-        """Embedding and aligned picture of the largest face of a reference picture."""
+    def _find_face(
+        self, data: bytes | None, path: str | None, sha256: str, box: tuple[float, ...] | None
+    ) -> FoundReference | None:
+        """Embedding and aligned picture of the reference picture's face at `box`, or of its largest."""
         from ipvg_ray.media import images
 
-        found = self._scorer.face_on(images.decode(images.image_bytes({"bytes": data, "path": path})))
+        encoded = images.image_bytes({"bytes": data, "path": path}, sha256)
+        picture = images.decode(encoded, self.config.dataset.max_image_pixels)
+        found = self._scorer.face_on(picture, box)
         if found is None:
             return None
         embedding = np.asarray(found.face.embedding, np.float32)
@@ -167,7 +184,7 @@ class EvaluateGivenStage(EvaluateStage):
     Failures: those of `EvaluateStage`, and `no_face` where the reference picture shows none.
     """
 
-    needs = ("video_uri", "image", "prompt")
+    needs = ("video_uri", "image", "image_sha256", "prompt")
 
     def _reference(self, row: Mapping[str, Any]) -> FoundReference:
         found = self._found_on(row)

@@ -32,6 +32,13 @@ def names_of(layout: Layout, identity_id: str, prompt_id: str) -> list[str]:
     }[layout]
 
 
+def _file(uri: str) -> bytes:
+    """A whole file. Raises FileNotFoundError, and OSError where it cannot be read for another reason."""
+    filesystem, path = pafs.FileSystem.from_uri(uri) if "://" in uri else (pafs.LocalFileSystem(), uri)
+    with filesystem.open_input_stream(path) as stream:
+        return bytes(stream.read())
+
+
 class LayoutError(UserError, ValueError):
     """A layout that there is not, or a folder whose layout cannot be told."""
 
@@ -66,6 +73,8 @@ def layout_of(folder: str) -> Layout:
 class GivenVideosStage(Stage):
     """Takes the place of the stage that makes videos: copies each one into the run and measures it.
 
+    A folder that cannot be read at the moment is an error of the row, not a missing video: that would count as 0.
+
     Failures: `missing_video`, and `broken_video` where the file does not decode whole.
 
     Args:
@@ -96,9 +105,9 @@ class GivenVideosStage(Stage):
         names = names_of(self.layout, row["identity_id"], row["prompt_id"])
         for name in names:
             try:
-                data = images.read_uri(f"{self.folder}/{name}")
+                data = _file(f"{self.folder}/{name}")
                 break
-            except images.ImageError:
+            except FileNotFoundError:
                 continue
         else:
             return RowError("missing_video", f"there is no {' or '.join(names)} in {self.folder}")
