@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +24,7 @@ from ipvg_ray.cli_options import (
     Set,
     out,
 )
+from ipvg_ray.cli_runs import conclude, freezer, take
 from ipvg_ray.errors import UserError
 from ipvg_ray.secrets import redact
 from ipvg_ray.storage import RunPath, run_path
@@ -66,13 +65,11 @@ def run(
 ) -> int:
     """Turn an identity set into videos; on an existing run directory, do only what is missing."""
     from ipvg_ray.pipeline import run as engine
-    from ipvg_ray.pipeline.staging import take_models
     from ipvg_ray.stages import make_stages
 
     settings = _settings(out_dir, source, profile, file, overrides, strict)
     stages = make_stages(settings, until)
-    for name in take_models(stages):
-        out.print(f"took {name} from {settings.models.mirror}", markup=False)
+    take(stages)
     target = fork or out_dir
     values = settings.model_dump(mode="json")
     request = engine.Request(
@@ -82,8 +79,8 @@ def run(
         engine.require_models(stages)
         kept = engine.fork(out_dir, request)
         out.print(escape(f"{fork} takes over from {out_dir}: {', '.join(kept) or 'the identity set alone'}"))
-    result = engine.run(request, _freezer(settings))
-    return _conclude(target, result)
+    result = engine.run(request, freezer(settings))
+    return conclude(target, result)
 
 
 @app.command()
@@ -108,7 +105,7 @@ def plan(
     settings = _settings(out_dir, source, profile, file, overrides, strict)
     stages = make_stages(settings, until)
     request = engine.Request(out_dir, settings.model_dump(mode="json"), settings.seed, stages)
-    with engine.opened(request, _freezer(settings)) as this:
+    with engine.opened(request, freezer(settings)) as this:
         _print_plan(settings, this)
         counts = this.found.counts
     if cluster or prices or gpus or rates:
@@ -294,28 +291,6 @@ def _settings(
     return settings
 
 
-def _freezer(settings: config.Config) -> Callable[[Path], dict[str, Any]]:
-    from ipvg_ray.dataset.freeze import freeze
-
-    def write(folder: Path) -> dict[str, Any]:
-        found = freeze(settings.dataset, folder)
-        out.print(f"identity set: {found.identities} identities, {found.samples} samples, {found.problems} problems")
-        for problem in found.first:
-            place = problem.where or problem.sample_id or problem.identity_id
-            out.print(f"  [yellow]{problem.kind}[/yellow] {escape(place)}: {escape(problem.message)}")
-        if found.problems > len(found.first):
-            out.print(f"  … and {found.problems - len(found.first)} more; all are in failures/")
-        return {
-            "path": settings.dataset.path,
-            "format": settings.dataset.format,
-            "identities": found.identities,
-            "samples": found.samples,
-            "problems": found.problems,
-        }
-
-    return write
-
-
 def _print_plan(settings: config.Config, this: Any) -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("stage", "per", "workers", "batch", "each asks for", "done", "failed", "to do"):
@@ -338,31 +313,6 @@ def _print_plan(settings: config.Config, this: Any) -> None:
     for step in this.steps:
         for note in step.stage.notes():
             out.print(f"{step.name}: {note}", markup=False, soft_wrap=True)
-
-
-def _conclude(run_dir: RunPath, result: Any, again: str | None = None) -> int:
-    """Say what came of a start; `again` is the command that goes on with it, `run` unless given."""
-    from ipvg_ray.pipeline.progress import duration
-    from ipvg_ray.report.page import write_report
-
-    page = write_report(run_dir)
-    last = list(result.counts.values())[-1]
-    place = escape(shlex.quote(str(run_dir)))
-    again = escape(again or f"ipvg-ray run --out {shlex.quote(str(run_dir))}")
-    if result.outcome == "interrupted":
-        out.print(f"interrupted after {duration(result.seconds)}; finished rows are kept. ", end="")
-        out.print(f"Go on with: {again}")
-        return EXIT_INTERRUPTED
-    if result.waiting:
-        out.print(f"[red]{result.waiting} rows were not reached.[/red] Go on with: {again}")
-        return EXIT_ERROR
-    out.print(f"{last.done} of {last.total} rows finished in {duration(result.seconds)}; report: {escape(str(page))}")
-    if not result.failed:
-        return EXIT_OK
-    out.print(f"[yellow]{result.failed} failed[/yellow]: ipvg-ray failures {place}")
-    if result.failed > result.problems:
-        out.print(f"try them again with: {again} --retry-failures")
-    return EXIT_ROWS_FAILED
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -84,8 +84,9 @@ def require_own_numbers(folder: Path) -> None:
         number = row["prompt_id"].removeprefix("prompt")
         if number in owners:
             raise DatasetError(
-                f"{owners[number]} and {row['sample_id']} would both be scored on {number}.mp4: in the layout 2026 each "
-                "sample needs a number of its own; give its eval.json as --refs or --prompts, or name another --layout"
+                f"{owners[number]} and {row['sample_id']} would both be scored on {number}.mp4: in the layout 2026 "
+                "each sample needs a number of its own; give its eval.json as --refs or --prompts, or name another "
+                "--layout"
             )
         owners[number] = row["sample_id"]
 
