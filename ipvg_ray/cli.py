@@ -65,10 +65,10 @@ def run(
 ) -> int:
     """Turn an identity set into videos; on an existing run directory, do only what is missing."""
     from ipvg_ray.pipeline import run as engine
-    from ipvg_ray.stages import make_stages
+    from ipvg_ray.stages import stages_of
 
     settings = _settings(out_dir, source, profile, file, overrides, strict)
-    stages = make_stages(settings, until)
+    stages = stages_of(settings, _kept(out_dir), until)
     take(stages)
     target = fork or out_dir
     values = settings.model_dump(mode="json")
@@ -100,10 +100,10 @@ def plan(
     """Show what a run would do: stages, pools, rows to do; with a cluster or GPUs named also hours, nodes and cost.
     Reads the identity set, runs nothing."""
     from ipvg_ray.pipeline import run as engine
-    from ipvg_ray.stages import make_stages
+    from ipvg_ray.stages import stages_of
 
     settings = _settings(out_dir, source, profile, file, overrides, strict)
-    stages = make_stages(settings, until)
+    stages = stages_of(settings, _kept(out_dir), until)
     request = engine.Request(out_dir, settings.model_dump(mode="json"), settings.seed, stages)
     with engine.opened(request, freezer(settings)) as this:
         _print_plan(settings, this)
@@ -138,9 +138,10 @@ def status(
     """Say how a run stands, live or dead, from its files alone."""
     from ipvg_ray.pipeline.progress import duration
     from ipvg_ray.pipeline.status import status as read
-    from ipvg_ray.stages import make_stages
+    from ipvg_ray.stages import stages_of
 
-    found = read(run_dir, make_stages(config.from_tree(tables.read_run(run_dir)["config"])))
+    kept = tables.read_run(run_dir)
+    found = read(run_dir, stages_of(config.from_tree(kept["config"]), kept))
     if as_json:
         print(json.dumps(found.as_json()))
         return EXIT_OK
@@ -204,10 +205,11 @@ def replay(
     from ipvg_ray.pipeline import replay as player
     from ipvg_ray.pipeline.rundir import Request
     from ipvg_ray.pipeline.stage import RowError
-    from ipvg_ray.stages import make_stages
+    from ipvg_ray.stages import stages_of
 
-    settings = config.from_tree(tables.read_run(run_dir)["config"])
-    stages = make_stages(settings, stage)
+    kept = tables.read_run(run_dir)
+    settings = config.from_tree(kept["config"])
+    stages = stages_of(settings, kept, stage)
     request = Request(run_dir.resolve(), settings.model_dump(mode="json"), settings.seed, stages)
     device = "cuda" if stages[-1].resources().gpus else "cpu"
     result = player.replay(request, row, media, device)
@@ -278,7 +280,7 @@ def _settings(
     dataset: dict[str, Any] = {"strict": True} if strict else {}
     if source is not None:
         dataset["path"] = source if "://" in source else str(Path(source).resolve())
-    kept = tables.read_run(run_dir)["config"] if (run_dir / "run.json").is_file() else None
+    kept = _kept(run_dir).get("config")
     if kept is not None and profile is None and file is None:
         return config.updated(kept, overrides, {"dataset": dataset})
     if kept is not None and source is None:
@@ -289,6 +291,11 @@ def _settings(
     if settings.dataset.path is None:
         raise config.ConfigError(f"{run_dir} is not a run to resume: name an identity set")
     return settings
+
+
+def _kept(run_dir: RunPath) -> dict[str, Any]:
+    """What run.json holds; empty where there is no run yet."""
+    return tables.read_run(run_dir) if (run_dir / "run.json").is_file() else {}
 
 
 def _print_plan(settings: config.Config, this: Any) -> None:

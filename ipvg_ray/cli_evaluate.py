@@ -53,14 +53,14 @@ def evaluate(
     from ipvg_ray.stages import given
     from ipvg_ray.stages.evaluate import EvaluateGivenStage
 
-    folder = videos if "://" in videos else str(Path(videos).resolve())
-    kind = given.layout_of(folder) if layout == "auto" else given.checked_layout(layout)
+    videos_at = videos if "://" in videos else str(Path(videos).resolve())
+    kind = given.layout_of(videos_at) if layout == "auto" else given.checked_layout(layout)
     values = {
         "dataset": asked(refs, prompts, _work_folder(out_dir), numbered=kind == "2026"),
         **_accepted(accept_licence),
     }
     settings = config.load(profile or config.default_profile(), file=file, overrides=overrides, values=values)
-    stages = [given.GivenVideosStage(settings, folder, kind), EvaluateGivenStage(settings)]
+    stages = [given.GivenVideosStage(settings, videos_at, kind), EvaluateGivenStage(settings)]
     take(stages)
     _say_skipped(stages[1])
     request = _request(out_dir, settings, stages, retry_failures)
@@ -69,12 +69,12 @@ def evaluate(
         found = freezer(settings)(folder)
         if kind == "2026":
             require_own_numbers(folder)
-        return found
+        return {**found, "videos": videos_at, "layout": kind}  # by which later commands know the run's stages
 
     code = conclude(out_dir, engine.run(request, freeze), "the same command")
     if code not in (EXIT_OK, EXIT_ROWS_FAILED):
         return code
-    found = read_scored(out_dir, Path(folder).name)
+    found = read_scored(out_dir, Path(videos_at).name)
     _print_scores(found)
     names = files.write(tabulate.Table(f"Scores of {found.name}", [found], list(found.scores)), out_dir, "scores")
     out.print(escape(f"written to {out_dir}: {', '.join(names)}"))

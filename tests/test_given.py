@@ -15,6 +15,8 @@ from ipvg_ray.dataset.asked import asked, require_own_numbers
 from ipvg_ray.dataset.problems import DatasetError
 from ipvg_ray.media import images, videos
 from ipvg_ray.pipeline.stage import RowError, StageContext
+from ipvg_ray.stages import UnknownStageError, stages_of
+from ipvg_ray.stages.evaluate import EvaluateGivenStage
 from ipvg_ray.stages.given import GivenVideosStage, LayoutError, checked_layout, layout_of, names_of
 
 
@@ -82,6 +84,17 @@ def test_a_video_that_cannot_be_read_is_not_a_missing_one(tmp_path):
     stage.setup(StageContext("cpu", 1, Folder(tmp_path / "run"), str(tmp_path / "run")))
     with pytest.raises(OSError, match=r"id001_1\.mp4"):
         stage.process([{"identity_id": "id001", "prompt_id": "prompt1", "prompt": "x"}])
+
+
+def test_later_commands_know_the_stages_of_a_run_that_scores_given_videos():
+    settings = config.load("cpu-mini")
+    kept = {"dataset": {"videos": "/given", "layout": "tpige"}}
+    video, scores = stages_of(settings, kept)
+    assert (video.fingerprint_settings(), type(scores)) == ({"folder": "/given", "layout": "tpige"}, EvaluateGivenStage)
+    assert [stage.name for stage in stages_of(settings, kept, "video")] == ["video"]
+    with pytest.raises(UnknownStageError, match="there are video, evaluate"):
+        stages_of(settings, kept, "faces")
+    assert stages_of(settings, {})[0].name == "faces"
 
 
 class TestAsked:
