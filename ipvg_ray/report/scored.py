@@ -77,7 +77,8 @@ def _failed(progress: Progress) -> dict[str, list[str]]:
     failed: dict[str, dict[str, None]] = {}
     if len(progress.open_failures):
         for failure in progress.failures.narrow.take(pa.array(progress.open_failures)).to_pylist():
-            failed.setdefault(failure["kind"], {})[failure["sample_id"] or failure["identity_id"]] = None
+            place = failure["sample_id"] or failure["identity_id"] or failure["where"] or "?"
+            failed.setdefault(failure["kind"], {})[place] = None
     return {kind: list(places) for kind, places in failed.items()}
 
 
