@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +24,7 @@ from ipvg_ray.cli_options import (
     Set,
     out,
 )
+from ipvg_ray.cli_runs import conclude, freezer, take
 from ipvg_ray.errors import UserError
 from ipvg_ray.secrets import redact
 from ipvg_ray.storage import RunPath, run_path
@@ -66,13 +65,11 @@ def run(
 ) -> int:
     """Turn an identity set into videos; on an existing run directory, do only what is missing."""
     from ipvg_ray.pipeline import run as engine
-    from ipvg_ray.pipeline.staging import take_models
-    from ipvg_ray.stages import make_stages
+    from ipvg_ray.stages import stages_of
 
     settings = _settings(out_dir, source, profile, file, overrides, strict)
-    stages = make_stages(settings, until)
-    for name in take_models(stages):
-        out.print(f"took {name} from {settings.models.mirror}", markup=False)
+    stages = stages_of(settings, _kept(out_dir), until)
+    take(stages)
     target = fork or out_dir
     values = settings.model_dump(mode="json")
     request = engine.Request(
@@ -82,8 +79,8 @@ def run(
         engine.require_models(stages)
         kept = engine.fork(out_dir, request)
         out.print(escape(f"{fork} takes over from {out_dir}: {', '.join(kept) or 'the identity set alone'}"))
-    result = engine.run(request, _freezer(settings))
-    return _conclude(target, result)
+    result = engine.run(request, freezer(settings))
+    return conclude(target, result)
 
 
 @app.command()
@@ -103,12 +100,12 @@ def plan(
     """Show what a run would do: stages, pools, rows to do; with a cluster or GPUs named also hours, nodes and cost.
     Reads the identity set, runs nothing."""
     from ipvg_ray.pipeline import run as engine
-    from ipvg_ray.stages import make_stages
+    from ipvg_ray.stages import stages_of
 
     settings = _settings(out_dir, source, profile, file, overrides, strict)
-    stages = make_stages(settings, until)
+    stages = stages_of(settings, _kept(out_dir), until)
     request = engine.Request(out_dir, settings.model_dump(mode="json"), settings.seed, stages)
-    with engine.opened(request, _freezer(settings)) as this:
+    with engine.opened(request, freezer(settings)) as this:
         _print_plan(settings, this)
         counts = this.found.counts
     if cluster or prices or gpus or rates:
@@ -141,9 +138,10 @@ def status(
     """Say how a run stands, live or dead, from its files alone."""
     from ipvg_ray.pipeline.progress import duration
     from ipvg_ray.pipeline.status import status as read
-    from ipvg_ray.stages import make_stages
+    from ipvg_ray.stages import stages_of
 
-    found = read(run_dir, make_stages(config.from_tree(tables.read_run(run_dir)["config"])))
+    kept = tables.read_run(run_dir)
+    found = read(run_dir, stages_of(config.from_tree(kept["config"]), kept))
     if as_json:
         print(json.dumps(found.as_json()))
         return EXIT_OK
@@ -207,10 +205,11 @@ def replay(
     from ipvg_ray.pipeline import replay as player
     from ipvg_ray.pipeline.rundir import Request
     from ipvg_ray.pipeline.stage import RowError
-    from ipvg_ray.stages import make_stages
+    from ipvg_ray.stages import stages_of
 
-    settings = config.from_tree(tables.read_run(run_dir)["config"])
-    stages = make_stages(settings, stage)
+    kept = tables.read_run(run_dir)
+    settings = config.from_tree(kept["config"])
+    stages = stages_of(settings, kept, stage)
     request = Request(run_dir.resolve(), settings.model_dump(mode="json"), settings.seed, stages)
     device = "cuda" if stages[-1].resources().gpus else "cpu"
     result = player.replay(request, row, media, device)
@@ -281,7 +280,7 @@ def _settings(
     dataset: dict[str, Any] = {"strict": True} if strict else {}
     if source is not None:
         dataset["path"] = source if "://" in source else str(Path(source).resolve())
-    kept = tables.read_run(run_dir)["config"] if (run_dir / "run.json").is_file() else None
+    kept = _kept(run_dir).get("config")
     if kept is not None and profile is None and file is None:
         return config.updated(kept, overrides, {"dataset": dataset})
     if kept is not None and source is None:
@@ -294,26 +293,9 @@ def _settings(
     return settings
 
 
-def _freezer(settings: config.Config) -> Callable[[Path], dict[str, Any]]:
-    from ipvg_ray.dataset.freeze import freeze
-
-    def write(folder: Path) -> dict[str, Any]:
-        found = freeze(settings.dataset, folder)
-        out.print(f"identity set: {found.identities} identities, {found.samples} samples, {found.problems} problems")
-        for problem in found.first:
-            place = problem.where or problem.sample_id or problem.identity_id
-            out.print(f"  [yellow]{problem.kind}[/yellow] {escape(place)}: {escape(problem.message)}")
-        if found.problems > len(found.first):
-            out.print(f"  … and {found.problems - len(found.first)} more; all are in failures/")
-        return {
-            "path": settings.dataset.path,
-            "format": settings.dataset.format,
-            "identities": found.identities,
-            "samples": found.samples,
-            "problems": found.problems,
-        }
-
-    return write
+def _kept(run_dir: RunPath) -> dict[str, Any]:
+    """What run.json holds; empty where there is no run yet."""
+    return tables.read_run(run_dir) if (run_dir / "run.json").is_file() else {}
 
 
 def _print_plan(settings: config.Config, this: Any) -> None:
@@ -338,31 +320,6 @@ def _print_plan(settings: config.Config, this: Any) -> None:
     for step in this.steps:
         for note in step.stage.notes():
             out.print(f"{step.name}: {note}", markup=False, soft_wrap=True)
-
-
-def _conclude(run_dir: RunPath, result: Any, again: str | None = None) -> int:
-    """Say what came of a start; `again` is the command that goes on with it, `run` unless given."""
-    from ipvg_ray.pipeline.progress import duration
-    from ipvg_ray.report.page import write_report
-
-    page = write_report(run_dir)
-    last = list(result.counts.values())[-1]
-    place = escape(shlex.quote(str(run_dir)))
-    again = escape(again or f"ipvg-ray run --out {shlex.quote(str(run_dir))}")
-    if result.outcome == "interrupted":
-        out.print(f"interrupted after {duration(result.seconds)}; finished rows are kept. ", end="")
-        out.print(f"Go on with: {again}")
-        return EXIT_INTERRUPTED
-    if result.waiting:
-        out.print(f"[red]{result.waiting} rows were not reached.[/red] Go on with: {again}")
-        return EXIT_ERROR
-    out.print(f"{last.done} of {last.total} rows finished in {duration(result.seconds)}; report: {escape(str(page))}")
-    if not result.failed:
-        return EXIT_OK
-    out.print(f"[yellow]{result.failed} failed[/yellow]: ipvg-ray failures {place}")
-    if result.failed > result.problems:
-        out.print(f"try them again with: {again} --retry-failures")
-    return EXIT_ROWS_FAILED
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,7 @@ def simulate(
         busy = {name: stage.gpus.levels()[:end] for name, stage in played.stages.items() if stage.gpus.sums.any()}
         busy = {name: _stretched(levels, played.stages[name].gpus.width / width, end) for name, levels in busy.items()}
         svg.write_text(usage.draw(busy, played.held.levels()[:end], played.seconds, f"{samples} samples"))
-        out.print(escape(f"drawn: {svg}"))
+        print(f"drawn: {svg}", file=sys.stderr)
     return EXIT_OK
 
 

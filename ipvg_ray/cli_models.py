@@ -68,7 +68,13 @@ def mirror(
 
     settings = config.load(profile, file=file, overrides=overrides)
     root = settings.models.root
-    paths = {path for stage in make_stages(settings) for path in stage.models().values() if path.is_relative_to(root)}
+    stages = make_stages(settings)
+    optional = {path for stage in stages for path in stage.optional_models().values()}
+    needed = {path for stage in stages for path in stage.models().values()}
+    for path in sorted(path for path in optional - needed if not path.exists()):
+        out.print(f"{path} is not there; what needs it is left out", markup=False)
+    there = {path for path in optional if path.exists()}
+    paths = {path for path in needed | there if path.is_relative_to(root)}
     for name in sorted(path.relative_to(root).as_posix() for path in paths):
         new = publish(name, root, place, report=lambda line: out.print(line, markup=False))
         out.print(f"{name}: {'mirrored' if new else 'is there'}", markup=False)

@@ -22,8 +22,10 @@ class Machine:
         self.calls: list[int] = []
         self.gate = threading.Event()
         self.gate.set()
+        self.begun = threading.Event()
 
     def __call__(self, key: Any, jobs: list[int]) -> list[int]:
+        self.begun.set()
         self.gate.wait(10)
         self.calls.append(len(jobs))
         if 13 in jobs or len(jobs) > self.most:
@@ -96,34 +98,42 @@ def test_asking_for_nothing_is_answered(batcher, machine):
     assert batcher.work([]) == []
 
 
-def test_an_incomplete_batch_waits_for_rows_at_work_and_no_longer(batcher, machine):
+def test_an_incomplete_batch_waits_for_rows_at_work_and_no_longer(machine):
     """The second row reads a picture for a while: the first one's job waits for it, but for no row that is done."""
+    batcher = Batcher(machine, size=4, linger_s=60)
 
     def slow() -> Procedure[list[int]]:
-        time.sleep(0.3)
+        machine.begun.wait(0.2)  # passes only where the first row's job is not waited with
         return (yield [("k", 9)])
 
-    began = time.monotonic()
-    assert batcher.work([asking(1), slow()]) == [[2], [18]]
+    with ThreadPoolExecutor(1) as pool:
+        ends = pool.submit(batcher.work, [asking(1), slow()])
+        assert machine.begun.wait(30), "it waits on, though no row is at work"
+        assert ends.result() == [[2], [18]]
     assert machine.batches == [("k", [1, 9])]
-    assert time.monotonic() - began < 3  # not linger_s
+    batcher.close()
 
 
 def test_lingering_has_an_end(machine):
     batcher = Batcher(machine, size=4, linger_s=0.1)
+    at_work, answered = threading.Event(), threading.Event()
+    events = []
 
     def busy() -> Procedure[int]:
-        time.sleep(1.5)
+        at_work.set()
+        answered.wait(30)
+        events.append("the busy row ends")
         return 0
         yield
 
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(batcher.work, [busy()])
-        time.sleep(0.05)
-        began = time.monotonic()
+        at_work.wait(30)
         assert batcher.work([asking(1)]) == [[2]]
-        assert time.monotonic() - began < 1
+        events.append("the other is answered")
+        answered.set()
         other.result()
+    assert events == ["the other is answered", "the busy row ends"]
     batcher.close()
 
 

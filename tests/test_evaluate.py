@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 import sys
 import types
 from dataclasses import dataclass
@@ -69,7 +71,9 @@ def row(run: Path, name: str, frames: np.ndarray) -> dict:
     path.write_bytes(videos.encode_mp4(frames, 8, 18))
     reference = [1.0] + [0.0] * 511
     picture = images.encode(np.full((64, 64, 3), 200, np.uint8))
-    given = {"embedding": reference, "image": picture, "prompt": "a man in a red coat", "seed": 1}
+    digest = hashlib.sha256(picture["bytes"]).hexdigest()
+    given = {"embedding": reference, "image": picture, "image_sha256": digest, "face_box": [1.0, 1.0, 9.0, 9.0]}
+    given |= {"prompt": "a man in a red coat", "seed": 1}
     return {"sample_id": f"id001/{name}", "video_uri": f"videos/{name}.mp4", **given}
 
 
@@ -133,6 +137,46 @@ def test_analyser_is_set_up_as_configured(stage, tmp_path):
         },
     )
     assert stage.models() == {"pack": tmp_path / "insightface/models/mini_buffalo_l"}
+
+
+def test_a_worker_without_a_model_that_the_driver_counted_on_does_not_start(stage, tmp_path):
+    path = tmp_path / stage.config.evaluate.amt
+    path.mkdir()
+    sent = EvaluateStage(stage.config)
+    assert sent.usable()[0] == ["motion_smoothness"]
+    path.rmdir()
+    worker = pickle.loads(pickle.dumps(sent))
+    assert worker.wanted_models() == {}
+    with pytest.raises(FileNotFoundError, match=r"where the run was started and not on .*amt: "):
+        worker.setup(StageContext("cpu", 1, None, str(tmp_path)))  # type: ignore[arg-type]
+
+
+def test_videos_of_names_that_were_made_safe_are_found(stage, tmp_path):
+    (result,) = stage.process([row(tmp_path, "prompt%201", grey(220))])
+    assert not isinstance(result, RowError)
+
+
+class TwoFaces(FakeAnalyser):
+    def faces(self, rgb: np.ndarray) -> list[Face]:
+        landmarks = np.array([[15, 15], [35, 15], [25, 25], [17, 35], [33, 35]], np.float32)
+        boxes = ([0, 0, 60, 60], [40, 40, 50, 50])
+        return [Face(np.array(box), np.full(512, float(n)), landmarks) for n, box in enumerate(boxes)]
+
+
+@pytest.mark.parametrize(("box", "number"), [([41.0, 40.0, 52.0, 50.0], 1.0), (None, 0.0)])
+def test_the_crop_is_of_the_face_that_the_embedding_is_of(stage, tmp_path, box, number):
+    stage._scorer._analyser = TwoFaces()
+    given = row(tmp_path, "prompt1", grey(220)) | {"face_box": box}
+    assert stage._found_on(given)[0][0] == number
+
+
+def test_a_reference_that_has_changed_or_is_too_large_is_refused(stage, tmp_path):
+    given = row(tmp_path, "prompt1", grey(220))
+    with pytest.raises(images.ImageError, match="not the file it was"):
+        stage._found_on(given | {"image_sha256": "0" * 64})
+    stage.config = config.load("cpu-mini", overrides=["dataset.max_image_pixels=1000"])
+    with pytest.raises(images.ImageError, match="above 1000 pixels"):
+        stage._found_on(given)
 
 
 def test_packs_must_be_the_same():

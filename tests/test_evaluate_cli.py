@@ -80,6 +80,8 @@ def test_every_layout_and_a_comparison(tmp_path: Path, mini_models: Path) -> Non
         assert len(rows) == 2
         assert (run / "scores.md").read_text().count("2 of 4") == 1
         assert (run / "report.html").is_file()
+    stages = json.loads(call("status", str(run), "--json"))["stages"]
+    assert list(stages) == ["video", "evaluate"]
     for scores in found["challenge"]:
         assert scores[0] > 0.5  # the face of the video is the reference's
         assert sum(score is None for score in scores) == 1  # human_identity wants 21 frames

@@ -6,13 +6,17 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from ipvg_ray import config
-from ipvg_ray.dataset.asked import asked
+from ipvg_ray import config, tables
+from ipvg_ray.dataset.asked import asked, require_own_numbers
 from ipvg_ray.dataset.problems import DatasetError
-from ipvg_ray.media import videos
+from ipvg_ray.media import images, videos
 from ipvg_ray.pipeline.stage import RowError, StageContext
+from ipvg_ray.stages import UnknownStageError, stages_of
+from ipvg_ray.stages.evaluate import EvaluateGivenStage
 from ipvg_ray.stages.given import GivenVideosStage, LayoutError, checked_layout, layout_of, names_of
 
 
@@ -64,12 +68,33 @@ def test_missing_and_broken_videos(tmp_path):
     good, broken, missing = stage.process(rows)
     assert set(good) == set(stage.table().columns)
     assert (good["video_frames"], good["video_width"], good["video_fps"]) == (4, 48, 8)
+    assert images.decode(good["video_poster"]["bytes"]).shape == (32, 48, 3)
+    assert images.decode(good["video_strip"]["bytes"]).shape == (32, 4 * 48, 3)
     assert (tmp_path / "run" / good["video_uri"]).read_bytes() == data
     assert [error.kind for error in (broken, missing) if isinstance(error, RowError)] == [
         "broken_video",
         "missing_video",
     ]
     assert "id001_3.mp4 or id001_prompt3.mp4" in missing.message
+
+
+def test_a_video_that_cannot_be_read_is_not_a_missing_one(tmp_path):
+    (tmp_path / "given/id001_1.mp4").mkdir(parents=True)
+    stage = GivenVideosStage(config.load("cpu-mini"), str(tmp_path / "given"), "tpige")
+    stage.setup(StageContext("cpu", 1, Folder(tmp_path / "run"), str(tmp_path / "run")))
+    with pytest.raises(OSError, match=r"id001_1\.mp4"):
+        stage.process([{"identity_id": "id001", "prompt_id": "prompt1", "prompt": "x"}])
+
+
+def test_later_commands_know_the_stages_of_a_run_that_scores_given_videos():
+    settings = config.load("cpu-mini")
+    kept = {"dataset": {"videos": "/given", "layout": "tpige"}}
+    video, scores = stages_of(settings, kept)
+    assert (video.fingerprint_settings(), type(scores)) == ({"folder": "/given", "layout": "tpige"}, EvaluateGivenStage)
+    assert [stage.name for stage in stages_of(settings, kept, "video")] == ["video"]
+    with pytest.raises(UnknownStageError, match="there are video, evaluate"):
+        stages_of(settings, kept, "faces")
+    assert stages_of(settings, {})[0].name == "faces"
 
 
 class TestAsked:
@@ -90,6 +115,31 @@ class TestAsked:
         found = asked(str(tmp_path / "images"), str(tmp_path / "eval.json"), tmp_path / "work")
         row = {"identity_id": "id007", "image": "id007.webp", "prompt": "p", "prompt_id": "1"}
         assert json.loads(Path(found["path"]).read_text()) == row
+
+    @pytest.mark.parametrize("refs", ["eval.json", "."])
+    def test_the_list_of_2026_is_numbered_as_a_set_too(self, tmp_path, refs):
+        entries = [{"img": f"images/{name}.png", "prompt": "p"} for name in "ab"]
+        (tmp_path / "eval.json").write_text(json.dumps(entries))
+        found = asked(str(tmp_path / refs), None, tmp_path / "work")
+        rows = [json.loads(line) for line in Path(found["path"]).read_text().splitlines()]
+        assert [(row["image"], row["prompt_id"]) for row in rows] == [("images/a.png", "1"), ("images/b.png", "2")]
+        assert found["images"] == str(tmp_path)
+        other = asked(str(tmp_path / refs), None, tmp_path / "work", numbered=False)
+        assert other == {"path": str((tmp_path / refs).resolve())}
+
+    def test_two_samples_of_one_number_are_refused(self, tmp_path):
+        for number, names in enumerate([["1", "2"], ["prompt2"]]):
+            rows = [
+                {"identity_id": f"id{number}", "sample_id": f"id{number}/{name}", "prompt_id": name, "prompt": "p"}
+                for name in names
+            ]
+            (tmp_path / "samples").mkdir(exist_ok=True)
+            table = pa.Table.from_pylist(rows, schema=tables.stored_schema("samples"))
+            pq.write_table(table, tmp_path / f"samples/part-00000{number}.parquet")
+            if not number:
+                require_own_numbers(tmp_path)
+        with pytest.raises(DatasetError, match=r"id0/2 and id1/prompt2 would both be scored on 2\.mp4"):
+            require_own_numbers(tmp_path)
 
     def test_other_files_are_the_set_readers(self, tmp_path):
         (tmp_path / "p.json").write_text('{"a": {"1": "x"}}')

@@ -185,7 +185,23 @@ def test_the_models_of_a_profile_are_mirrored_and_taken(
     assert "mini-wan-vace" in taken
     assert take_models(stages) == []
     assert all(path.exists() for stage in stages for path in stage.models().values())
+    assert len(stages[-1].usable()[0]) == len(stages[-1].config.evaluate.metrics), "those of the metrics came along"
     assert json.loads((node / ".mirrored/mini-wan-vace.json").read_text())["model"] == "mini-wan-vace"
+
+
+def test_models_that_a_stage_can_do_without_may_lack_in_the_mirror(mini_models: Path, tmp_path: Path) -> None:
+    from ipvg_ray import config
+    from ipvg_ray.pipeline.staging import take_models
+    from ipvg_ray.stages.evaluate import EvaluateStage
+
+    place = tmp_path / "mirror"
+    section = config.load("cpu-mini").evaluate
+    for name in (section.pack, section.amt):
+        mirror.publish(name, mini_models, place, quiet)
+    places = [f"models.root={tmp_path / 'node'}", f"models.mirror={place}"]
+    stage = EvaluateStage(config.load("cpu-mini", overrides=places))
+    assert take_models([stage]) == [section.amt, section.pack]
+    assert stage.usable()[0] == ["motion_smoothness"]
 
 
 def test_the_age_of_a_node_is_told() -> None:

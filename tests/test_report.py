@@ -128,7 +128,8 @@ class FakeRun:
         (self.dir / uri).parent.mkdir(parents=True, exist_ok=True)
         (self.dir / uri).write_bytes(data)
         shape = {"video_width": 32, "video_height": 32, "video_frames": 5, "video_fps": 4.0, "video_seconds": 1.25}
-        return {"video_uri": uri, "video_bytes": len(data), "video_sha256": "0" * 64, **shape}
+        stills = {"video_poster": images.encode(colour_picture(uri)), "video_strip": images.encode(colour_picture("s"))}
+        return {"video_uri": uri, "video_bytes": len(data), "video_sha256": "0" * 64, **shape, **stills}
 
     def failure(self, stage: str, identity_id: str, sample_id: str | None, **columns: Any) -> None:
         row = {"kind": "error", "message": "went wrong", "attempt": 1, "failed_at": datetime(2025, 11, 21, tzinfo=UTC)}
@@ -251,6 +252,10 @@ def test_pictures_are_those_of_the_tables_and_videos_play_byte_for_byte(run: Fak
     for film in films:
         assert data_uri(film["src"]) == tiny_mp4()
         assert {"muted", "loop", "playsinline", "controls"} <= film.keys()
+    poster = images.decode(data_uri(films[0]["poster"]))
+    assert np.abs(poster.astype(int) - colour_picture("videos/id0/p0.mp4")).max() <= 6
+    strip = images.decode(data_uri(by_alt["Frames of the video of id0/p0, from first to last"]))
+    assert np.abs(strip.astype(int) - colour_picture("s")).max() <= 6
     assert all(a.get("alt") for a in page.all("img") if a.get("src"))
 
 
@@ -687,6 +692,22 @@ def test_scores_are_read_with_what_is_missing(run: FakeRun) -> None:
     assert found.scores == {"arc_sim": pytest.approx({"id0/p0": 0, "id0/p1": 0.01, "id1/p0": 0.1, "id1/p1": 0.11})}
     assert found.failed == {"missing_video": ["id1/p7"]}
     assert found.counted("arc_sim") == pytest.approx(0.22 / 5)
+    assert found.owners["id1/p7"] == "id1"
+
+
+def test_a_failure_that_was_mended_is_not_among_the_scores(run: FakeRun) -> None:
+    run.failure("video", "id0", "id0/p0", kind="bad_video")
+    run.failure("faces", "id1", None, kind="no_face")
+    assert read_scored(run.dir, "mine").failed == {}
+
+
+def test_the_best_of_a_distance_is_the_lowest(run: FakeRun) -> None:
+    row = {"arc_sim": 0.5, "arc_frames": 5, "frames_ok": True, "motion": 0.1, "face_distance": 200.0}
+    sample_id = run.sample("id0", "p2", upto="video")
+    run.write("evaluate", [{"identity_id": "id0", "sample_id": sample_id, "seed": 1, "seconds": 1.0, **row}])
+    html = run.page()
+    assert '<option value="face_distance low">FID (face), best first' in html
+    assert '<option value="arc_sim high">Arc-Sim, best first' in html
 
 
 def test_scores_of_a_run_that_has_none_yet(tmp_path: Path) -> None:
@@ -713,6 +734,8 @@ def test_two_runs_are_compared_and_gates_decide(
     assert "gate arc_sim<-0.05 holds" in capsys.readouterr().out
     assert cli.main(["compare", *pair, "--fail-if", "cur_sim<0"]) == 1
     assert "share no sample with a value of cur_sim" in capsys.readouterr().err
-    assert cli.main(["compare", *pair, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    assert cli.main(["compare", *pair, "--json", "--fail-if", "arc_sim<-0.05"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["gates"] == {"arc_sim<-0.05": True}
+    found = answer["scores"]
     assert (found["arc_sim"]["samples"], found["arc_sim"]["wins"]) == (4, 0.125)  # one is equal

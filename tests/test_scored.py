@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from ipvg_ray import config
+from ipvg_ray.cli_evaluate import merged
 from ipvg_ray.experiments import EXPERIMENTS, Experiment, ExperimentError, find
 from ipvg_ray.experiments.layout import folder_of
 from ipvg_ray.report import tabulate
@@ -65,6 +66,24 @@ class TestPairing:
         found = paired({"a": 1.0}, {"b": 1.0})
         assert (found.count, found.p, found.wins) == (0, None, None)
 
+    def test_an_identitys_prompts_are_drawn_together(self):
+        """Five copies of each of ten values tell no more than the ten do."""
+        values = {f"id{i}/p{k}": float(i % 5) for i in range(10) for k in range(5)}
+        owners = {sample: sample.partition("/")[0] for sample in values}
+        alone = mean_of({f"id{i}/p0": float(i % 5) for i in range(10)})
+        together = mean_of(values, owners)
+        assert (together.low, together.high) == (alone.low, alone.high)
+        assert mean_of(values).high < together.high
+
+    def test_an_identitys_differences_are_flipped_together(self):
+        zeros = {f"id{i}/p{k}": 0.0 for i in range(3) for k in range(10)}
+        owners = {sample: sample.partition("/")[0] for sample in zeros}
+        assert paired(zeros, dict.fromkeys(zeros, 1.0), owners=owners).p == pytest.approx(2 / 8)
+
+    def test_means_are_over_shared_samples(self):
+        found = paired({"a": 1.0, "b": 2.0, "c": 9.0}, {"a": 2.0, "b": 2.0, "d": 0.0})
+        assert (found.first, found.second, found.only_first, found.only_second) == (1.5, 2.0, 1, 1)
+
 
 class TestGate:
     found = {"arc_sim": paired(of(0.5, 0.5), of(0.48, 0.48))}  # noqa: RUF012
@@ -80,6 +99,14 @@ class TestGate:
     def test_what_is_no_gate(self, text):
         with pytest.raises(GateError, match=r"such as arc_sim<-0.01"):
             Gate.read(text)
+
+    def test_lost_samples_pass_no_gate(self):
+        found = {"arc_sim": paired(of(0.5, 0.5, 0.5), of(0.5, 0.5))}
+        with pytest.raises(GateError, match=r"1 samples have arc_sim in the first run alone; .* --allow-missing"):
+            Gate.read("arc_sim<-0.01").holds(found)
+        assert not Gate.read("arc_sim<-0.01").holds(found, allow_missing=True)
+        more = {"arc_sim": paired(of(0.5), of(0.5, 0.1))}
+        assert not Gate.read("arc_sim<-0.01").holds(more)
 
     def test_a_score_that_is_not_there(self):
         with pytest.raises(GateError, match="share no sample with a value of cur_sim"):
@@ -171,6 +198,18 @@ class TestExperiments:
             stages = {stage.name: stage for stage in make_stages(settings)}
             assert "first_frame" in stages
             assert "reference_picture" in stages["video"].needs
+
+    @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
+    def test_every_row_can_be_configured(self, experiment: Experiment):
+        for variant in experiment.variants:
+            config.load("gpu", values=merged(experiment.shared, variant.values))
+
+    def test_what_tells_rows_apart_is_not_set_for_all(self):
+        with pytest.raises(ExperimentError, match=r"the row 'R2V' sets video\.task itself"):
+            EXPERIMENTS["table1"].refuse_overrides(["seed=1", "video.task=vace-i2v"])
+        with pytest.raises(ExperimentError, match=r"video\.tpige\.mode itself"):
+            EXPERIMENTS["tpige"].refuse_overrides(["video.tpige={}"])
+        EXPERIMENTS["table1"].refuse_overrides(["video.steps=4", "dataset.limit=2"])
 
     @pytest.mark.parametrize("experiment", EXPERIMENTS.values(), ids=EXPERIMENTS)
     def test_names_and_metrics(self, experiment: Experiment):

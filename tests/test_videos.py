@@ -209,6 +209,7 @@ def test_a_poster_is_the_middle_frame():
     frames[2] = 200
     assert videos.poster(frames).shape == (480, 640, 3)
     assert (videos.poster(frames) == 200).all()
+    assert videos.poster(np.zeros((3, 35, 41, 3), np.uint8)).shape == (35, 41, 3), "odd sides are others' to have"
     assert videos.poster(smooth()).shape == (96, 176, 3), "none is enlarged"
     assert videos.poster(np.zeros((1, 1280, 704, 3), np.uint8)).shape[1] == 640, "portraits too"
 

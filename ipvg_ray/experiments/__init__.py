@@ -5,7 +5,7 @@ The numbers are those that the papers and the challenge's site print: IPVG-STD (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,31 @@ class Experiment:
     variants: tuple[Variant, ...]
     shared: Mapping[str, Any] = field(default_factory=dict)
 
+    def refuse_overrides(self, overrides: Iterable[str]) -> None:
+        """Refuse `section.field=value` texts that would set, for all rows, what is to tell them apart.
+
+        Raises:
+            ExperimentError: names the row and the key.
+        """
+        for text in overrides:
+            key = text.partition("=")[0].strip()
+            for variant in self.variants:
+                for own in _keys(variant.values):
+                    if f"{own}.".startswith(f"{key}.") or f"{key}.".startswith(f"{own}."):
+                        raise ExperimentError(
+                            f"--set {text}: the row {variant.name!r} sets {own} itself, and all rows would become "
+                            "alike; write an experiment file of your own"
+                        )
+
+
+def _keys(tree: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    """`section.field` of every value of nested mappings."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _keys(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}"
+
 
 def _printed(*numbers: float) -> dict[str, float]:
     return dict(zip(_PAPER, numbers, strict=True))
@@ -90,7 +115,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         {"dataset": {"limit": 25}},
     ),
     "tpige": Experiment(
-        "Guidance of TPIGE against plain guidance, from the reference drawn in the prompt's clothes",
+        "Guidance of TPIGE against plain guidance, from the reference drawn in the prompt's clothes (the paper's numbers "
+        "are those of its whole entry to the challenge, not of the guidance alone)",
         _TPIGE,
         (
             Variant("plain guidance", {"video": {"guide": "cfg"}}),

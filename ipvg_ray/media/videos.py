@@ -80,6 +80,9 @@ def encode_mp4(
         VideoError: for any argument outside these bounds, or NVENC where there is none.
     """
     _check_frames(frames)
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise VideoError(f"frames are {width}x{height}; H.264 in yuv420p needs an even width and height")
     if fps < 1 or not 0 <= crf <= 51:
         raise VideoError(f"fps is {fps} and crf {crf}; fps must be at least 1 and crf 0 to 51")
     if unknown := set(metadata or {}) - METADATA_KEYS:
@@ -175,9 +178,6 @@ def read_video(source: str | Path | bytes) -> tuple[np.ndarray, float | None]:
 def _check_frames(frames: np.ndarray) -> None:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise VideoError(f"frames are {frames.dtype} {frames.shape}; uint8 (N, H, W, 3) with N ≥ 1 is needed")
-    height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
-        raise VideoError(f"frames are {width}x{height}; H.264 in yuv420p needs an even width and height")
 
 
 _Codec = tuple[str, dict[str, str]]

@@ -62,10 +62,19 @@ def usable(
 
 def _flaw(path: Path, accept_licence: bool) -> str | None:
     """Why a model cannot be used, or None."""
-    from ipvg_ray.models import registry
-
     if not path.exists():
         return f"{path.name} is not there"
+    return _refusal(path, accept_licence)
+
+
+def accepted(path: Path, accept_licence: bool) -> bool:
+    """Whether a model's terms allow its use, wherever it is."""
+    return _refusal(path, accept_licence) is None
+
+
+def _refusal(path: Path, accept_licence: bool) -> str | None:
+    from ipvg_ray.models import registry
+
     known = registry.at(path)
     if known is not None and not known[0].licence.commercial and not accept_licence:
         return f"the licence of {path.name} ({known[0].licence.spdx}) is not accepted"

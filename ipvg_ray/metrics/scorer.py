@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ipvg_ray.metrics import arc_sim, frames
 from ipvg_ray.metrics.frames import Clip
 from ipvg_ray.metrics.motion import motion
 from ipvg_ray.metrics.overall import overall
-from ipvg_ray.metrics.video_faces import FaceAnalyser, FoundFace, largest_faces
+from ipvg_ray.metrics.video_faces import FaceAnalyser, FoundFace, find_face, largest_faces
 
 Score = float | bool | None
 
@@ -76,9 +76,14 @@ class Scorer:
         """Whether any of its metrics compares aligned faces."""
         return bool(self._on_faces)
 
-    def face_on(self, picture: np.ndarray) -> FoundFace | None:
-        """The largest face of a reference picture, uint8 RGB (H, W, 3); None where none is found."""
-        return largest_faces(picture[None], self._analyser)[0]
+    def face_on(self, picture: np.ndarray, box: Sequence[float] | None = None) -> FoundFace | None:
+        """The face of a reference picture, None where none is found.
+
+        Args:
+            picture: uint8 RGB, (H, W, 3).
+            box: x0, y0, x1, y1 in pixels, near which the face lies; without it the largest is taken.
+        """
+        return find_face(picture, self._analyser, None if box is None else np.asarray(box, np.float32))
 
     def score(
         self, clip: Clip, prompt: str, embedding: np.ndarray, crop: np.ndarray | None

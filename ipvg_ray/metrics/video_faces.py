@@ -65,17 +65,27 @@ def largest_faces(frames: np.ndarray, analyser: FaceAnalyser) -> list[FoundFace 
     Args:
         frames: uint8 RGB, (N, H, W, 3).
     """
-    return [_largest_face(frame, analyser) for frame in frames]
+    return [find_face(frame, analyser) for frame in frames]
 
 
-def _largest_face(frame: np.ndarray, analyser: FaceAnalyser) -> FoundFace | None:
+def find_face(frame: np.ndarray, analyser: FaceAnalyser, near: np.ndarray | None = None) -> FoundFace | None:
+    """The largest face of a frame, or the one whose box lies nearest to `near`; as `largest_faces` otherwise.
+
+    Args:
+        near: x0, y0, x1, y1 in pixels of the frame.
+    """
     shift = (0, 0)
     faces = analyser.faces(frame)
     if not faces:
         top, left = (int(side * _PAD_SHARE) for side in frame.shape[:2])
         shift = (left, top)
         faces = analyser.faces(np.pad(frame, ((top, top), (left, left), (0, 0)), constant_values=_PAD_GREY))
-    return FoundFace(frame, max(faces, key=_area), shift) if faces else None
+    if not faces:
+        return None
+    if near is None:
+        return FoundFace(frame, max(faces, key=_area), shift)
+    wanted = near + np.array([*shift, *shift])
+    return FoundFace(frame, min(faces, key=lambda face: float(np.abs(face.box - wanted).sum())), shift)
 
 
 def _area(face: Face) -> float:

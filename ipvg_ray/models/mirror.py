@@ -91,6 +91,11 @@ def take(name: str, root: Path, mirror: RunPath, report: Callable[[str], object]
     return True
 
 
+def holds(name: str, mirror: RunPath) -> bool:
+    """Whether the mirror has a model."""
+    return _listing(name, mirror) is not None
+
+
 def _put(source: Path, place: RunPath, part: str) -> None:
     target = place if part == "." else place / part
     _copy(source, target)

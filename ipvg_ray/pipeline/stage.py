@@ -250,6 +250,10 @@ class Stage(ABC):
         """As `models`, of those that the stage would use and can do without; `models pull` fetches them too."""
         return {}
 
+    def wanted_models(self) -> Mapping[str, Path]:
+        """Of `optional_models` those that a run may still bring to this machine, before it asks for `models`."""
+        return self.optional_models()
+
     def fingerprint_settings(self) -> dict[str, Any]:
         """What of the configuration changes this stage's results: its section without pool and model names."""
         settings = self.settings.model_dump(mode="json", exclude={"pool"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ipvg_ray.pipeline.stage import Stage
@@ -11,6 +11,8 @@ from ipvg_ray.pipeline.stage import Stage
 
 def take_models(stages: Sequence[Stage]) -> list[str]:
     """Have the models of these stages on this machine, from `models.mirror` if one is set; returns what was fetched.
+
+    Of those that a stage can do without, the ones that the mirror has: before `models`, which may tell by the disk.
 
     Raises:
         FetchError: where the mirror lacks one, or this machine's disk has no room.
@@ -23,12 +25,16 @@ def take_models(stages: Sequence[Stage]) -> list[str]:
         models = getattr(stage.config, "models", None)
         if models is None or models.mirror is None:
             continue
-        for path in stage.models().values():
-            if path.is_relative_to(models.root):  # others were named by a path of their own
-                name = path.relative_to(models.root).as_posix()
-                if mirror.take(name, models.root, run_path(models.mirror)):
-                    taken.append(name)
+        place = run_path(models.mirror)
+        optional = [name for name in _names(stage.wanted_models(), models.root) if mirror.holds(name, place)]
+        taken += [name for name in optional if mirror.take(name, models.root, place)]
+        taken += [name for name in _names(stage.models(), models.root) if mirror.take(name, models.root, place)]
     return taken
+
+
+def _names(models: Mapping[str, Path], root: Path) -> list[str]:
+    """Names of the models below `root`; others were named by a path of their own."""
+    return list(dict.fromkeys(p.relative_to(root).as_posix() for p in models.values() if p.is_relative_to(root)))
 
 
 def node_age() -> float:

@@ -126,7 +126,7 @@
   }, { rootMargin: "200px" });
   for (const video of all("video")) {
     video.source = video.getAttribute("src");
-    video.poster = video.closest(".sample").querySelector(".frame img")?.src ?? "";
+    video.poster ||= video.closest(".sample").querySelector(".frame img")?.src ?? "";
     video.removeAttribute("src");
     near.observe(video);
     if (still) continue;

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from ipvg_ray import tables
 from ipvg_ray.report.lookup import Lookup
-from ipvg_ray.report.progress import score_columns
+from ipvg_ray.report.progress import Progress, read_progress, score_columns
 from ipvg_ray.report.statistics import LOWER_IS_BETTER, Mean, mean_of
 from ipvg_ray.storage import RunPath
 
@@ -27,8 +27,9 @@ class Scored:
         name: what it is called in tables.
         scores: metric to (sample to value), in the schema's order; truth values are 0 and 1.
         asked: samples of the identity set, the refused ones not among them.
-        failed: kind of failure to the samples that ended in it.
+        failed: kind of failure to the samples or identities that it still keeps from being done.
         skipped: reason for a missing score to how many samples lack one for it.
+        owners: sample to its identity.
     """
 
     name: str
@@ -36,10 +37,11 @@ class Scored:
     asked: list[str]
     failed: dict[str, list[str]] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
+    owners: dict[str, str] = field(default_factory=dict)
 
     def mean(self, metric: str) -> Mean:
         """Over the samples that have a value."""
-        return mean_of(self.scores.get(metric, {}))
+        return mean_of(self.scores.get(metric, {}), self.owners)
 
     def counted(self, metric: str) -> float | None:
         """The mean over all samples asked for, a missing one counted as 0; None where 0 would be the best value."""
@@ -55,7 +57,7 @@ def read_scored(run_dir: RunPath, name: str) -> Scored:
     Raises:
         NotARunError: where the folder is not a run directory.
     """
-    tables.read_run(run_dir)
+    progress = read_progress(run_dir, tables.read_run(run_dir))
     columns = [column for column in score_columns() if column not in _CHECKS]
     found = Lookup.open(run_dir, "evaluate", ["sample_id", *columns, "skipped"])  # tables of older runs lack some
     rows = tables.first_of_each(found.narrow, "sample_id") if len(found) else found.narrow
@@ -64,15 +66,20 @@ def read_scored(run_dir: RunPath, name: str) -> Scored:
     for column in set(columns) & set(rows.column_names):
         pairs = zip(samples, rows[column].to_pylist(), strict=True)
         scores[column] = {sample: float(value) for sample, value in pairs if _is_number(value)}
-    asked = tables.read_table(run_dir, "samples", [])["sample_id"].to_pylist()
-    failed: dict[str, list[str]] = {}
-    done = set(samples)
-    for failure in tables.read_table(run_dir, "failures", ["kind"]).to_pylist():
-        place = failure["sample_id"] or failure["identity_id"]
-        if place not in done and place not in failed.setdefault(failure["kind"], []):
-            failed[failure["kind"]].append(place)
+    asked = progress.samples["sample_id"].to_pylist()
+    owners = dict(zip(asked, progress.samples["identity_id"].to_pylist(), strict=True))
     kept = {column: scores[column] for column in columns if scores.get(column)}
-    return Scored(name, kept, asked, failed, skipped_reasons(rows))
+    return Scored(name, kept, asked, _failed(progress), skipped_reasons(rows), owners)
+
+
+def _failed(progress: Progress) -> dict[str, list[str]]:
+    """Kind to the samples or identities of the failures that stand."""
+    failed: dict[str, dict[str, None]] = {}
+    if len(progress.open_failures):
+        for failure in progress.failures.narrow.take(pa.array(progress.open_failures)).to_pylist():
+            place = failure["sample_id"] or failure["identity_id"] or failure["where"] or "?"
+            failed.setdefault(failure["kind"], {})[place] = None
+    return {kind: list(places) for kind, places in failed.items()}
 
 
 def skipped_reasons(rows: pa.Table) -> dict[str, int]:

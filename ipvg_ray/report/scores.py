@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from ipvg_ray import schema
 from ipvg_ray.report.progress import score_columns
+from ipvg_ray.report.statistics import LOWER_IS_BETTER
 
 MAX_BINS = 28
 NAMES = {
@@ -44,6 +45,7 @@ class Score:
         bars: share of the fullest of equal bins from low to high, 0 to 1 each; none where all are the same.
         truth: whether it is a truth value, so that the mean is the share that holds.
         whole: whether it counts something.
+        lower_is_better: whether the best value is the lowest.
     """
 
     column: str
@@ -57,6 +59,7 @@ class Score:
     bars: tuple[float, ...]
     truth: bool
     whole: bool
+    lower_is_better: bool
 
     def text(self, value: float) -> str:
         """A figure of this score as text: three decimals, or of counts one where there is need for it."""
@@ -95,6 +98,7 @@ def _summary(column: str, values: pa.ChunkedArray) -> Score:
         bars=_bars(numbers),
         truth=pa.types.is_boolean(field.type),
         whole=pa.types.is_integer(field.type),
+        lower_is_better=column in LOWER_IS_BETTER,
     )
 
 

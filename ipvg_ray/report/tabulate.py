@@ -13,6 +13,7 @@ from ipvg_ray.report.scored import Scored
 from ipvg_ray.report.scores import label
 from ipvg_ray.report.statistics import LOWER_IS_BETTER, Mean, Pairing, paired
 
+DRAWN = "Intervals are of a bootstrap that draws identities with all their samples."
 Paper = Mapping[str, float]
 
 
@@ -48,7 +49,12 @@ class Table:
 def compared(first: Scored, second: Scored, metrics: Sequence[str]) -> dict[str, Pairing]:
     """Metric to how the second run compares with the first; metrics that both have."""
     return {
-        metric: paired(first.scores[metric], second.scores[metric], lower_is_better=metric in LOWER_IS_BETTER)
+        metric: paired(
+            first.scores[metric],
+            second.scores[metric],
+            lower_is_better=metric in LOWER_IS_BETTER,
+            owners=first.owners | second.owners,
+        )
         for metric in metrics
         if metric in first.scores and metric in second.scores
     }
@@ -77,7 +83,7 @@ def markdown(table: Table) -> str:
         lines += _md_row([_md(name), f"{most} of {len(run.asked)}", *map(interval, means)])
         if any(value is not None for value in paper):
             lines += _md_row([f"*paper: {_md(name)}*", "", *map(figure, paper)])
-    lines += ["", "Mean [bootstrap interval at 95 %] over the videos that have the score.", ""]
+    lines += ["", f"Mean [interval at 95 %] over the videos that have the score. {DRAWN}", ""]
     if len(table.runs) > 1:
         lines += [f"## Against {_md(table.runs[0].name)}, sample by sample", ""]
         lines += _md_row(["", "score", "samples", "difference", "p", "wins"]) + _md_row(["---"] * 6)
@@ -88,7 +94,8 @@ def markdown(table: Table) -> str:
                 lines += _md_row([_md(name), label(metric), str(found.count), interval(found.difference), p, wins])
         lines += [
             "",
-            "p: sign-flip permutation test, two-sided. Wins: share of samples that are better, ties half.",
+            "p: sign-flip permutation test, two-sided, one sign an identity. Wins: share of samples that are better, "
+            "ties half.",
             "",
         ]
     for run in table.runs:

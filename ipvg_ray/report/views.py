@@ -24,6 +24,7 @@ TRACEBACKS = 20
 """Failures of one kind whose traceback the list carries; they are mostly the same."""
 
 _FRAME_SIDE = 640  # pixels: about twice the place it fills on the page
+_STRIP_SIDE = 1280  # pixels: eight frames side by side
 _MADE_BY = ("matting", "prompts", "first_frame", "video", "evaluate")  # stages with a place of their own on a row
 _DRAWN = ("face_box", "landmarks_5", "landmarks_106")
 _FAILURE_COLUMNS = ("stage", "identity_id", "sample_id", "kind", "message", "where", "attempt", "failed_at")
@@ -80,6 +81,8 @@ class SampleView:
     frame: Picture
     frame_size: str
     video: Mapping[str, Any]
+    poster: Picture
+    strip: Picture
     scores: list[ScoreView]
     failure: FailureView | None
     missing: dict[str, str]
@@ -232,6 +235,8 @@ def _sample(
         frame=picture(frame_row.get("first_frame"), _FRAME_SIDE, budget),
         frame_size=pixels(frame_row.get("first_frame_width"), frame_row.get("first_frame_height")),
         video=own.get("video", {}),
+        poster=picture(own.get("video", {}).get("video_poster"), _FRAME_SIDE, budget),
+        strip=picture(own.get("video", {}).get("video_strip"), _STRIP_SIDE, budget),
         scores=_scores(own.get("evaluate", {})),
         failure=failure,
         missing={name: _missing(name, names, failure) for name in _MADE_BY},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ipvg_ray.errors import UserError
 
@@ -50,3 +51,26 @@ def make_stages(config: Config, until: str | None = None) -> list[Stage]:
     if config.video.task == "vace-r2v" and config.video.reference != "reference_picture":
         idle.add("first_frame")
     return [stage(config) for stage in wanted if stage.name not in idle - {until}]
+
+
+def stages_of(config: Config, run: Mapping[str, Any], until: str | None = None) -> list[Stage]:
+    """The stages of a run that is there: those that score given videos where `evaluate` made it, else the pipeline's.
+
+    Args:
+        run: what run.json holds.
+
+    Raises:
+        UnknownStageError: for a name that is no stage of this run.
+    """
+    from ipvg_ray.stages.evaluate import EvaluateGivenStage
+    from ipvg_ray.stages.given import GivenVideosStage, checked_layout
+
+    dataset = run.get("dataset") or {}
+    if "videos" not in dataset:
+        return make_stages(config, until)
+    given = GivenVideosStage(config, dataset["videos"], checked_layout(dataset["layout"]))
+    stages: list[Stage] = [given, EvaluateGivenStage(config)]
+    names = [stage.name for stage in stages]
+    if until is not None and until not in names:
+        raise UnknownStageError(f"{until!r} is no stage of a run of given videos; there are {', '.join(names)}")
+    return stages if until is None else stages[: names.index(until) + 1]

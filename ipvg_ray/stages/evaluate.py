@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from ipvg_ray.metrics import catalogue
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
+from ipvg_ray.storage import run_path
+
+if TYPE_CHECKING:
+    from ipvg_ray.config import Config
 
 FoundReference = tuple[np.ndarray, np.ndarray | None]
 
@@ -25,8 +30,12 @@ class EvaluateStage(Stage):
 
     name = "evaluate"
     grain = "sample"
-    needs: ClassVar[tuple[str, ...]] = ("embedding", "video_uri", "image", "prompt")
-    version = 2
+    needs: ClassVar[tuple[str, ...]] = ("embedding", "face_box", "video_uri", "image", "image_sha256", "prompt")
+    version = 3
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._usable: tuple[list[str], dict[str, str]] | None = None
 
     def models(self) -> Mapping[str, Path]:
         """Those that are used: a metric joins or leaves the fingerprint with its models."""
@@ -37,15 +46,28 @@ class EvaluateStage(Stage):
         paths = self.paths()
         return {field: paths[field] for field in catalogue.fields_of(self.config.evaluate.metrics)}
 
+    def wanted_models(self) -> Mapping[str, Path]:
+        """Those whose terms are accepted; none once it is decided which metrics are computed."""
+        if self._usable is not None:
+            return {}
+        accept = self.config.evaluate.accept_licence
+        return {field: path for field, path in self.optional_models().items() if catalogue.accepted(path, accept)}
+
     def fingerprint_settings(self) -> dict[str, Any]:
         """Without what `models` says already: the models that are not used, and whether their terms are accepted."""
         unused = {*catalogue.fields_of(catalogue.NAMES), "accept_licence"}
         return {key: value for key, value in super().fingerprint_settings().items() if key not in unused}
 
     def usable(self) -> tuple[list[str], dict[str, str]]:
-        """Metrics that can be computed, and the reason for each other one that is wanted."""
-        section = self.config.evaluate
-        return catalogue.usable(section.metrics, self.paths(), accept_licence=section.accept_licence)
+        """Metrics that can be computed, and the reason for each other one that is wanted.
+
+        Decided once, where the run starts: workers are sent the decision, so that none leaves out a metric for a model
+        that its own machine lacks.
+        """
+        if self._usable is None:
+            section = self.config.evaluate
+            self._usable = catalogue.usable(section.metrics, self.paths(), accept_licence=section.accept_licence)
+        return self._usable
 
     def paths(self) -> dict[str, Path]:
         """Field to where its model should be, of all metrics."""
@@ -59,9 +81,17 @@ class EvaluateStage(Stage):
         from ipvg_ray.metrics.scorer import Scorer, Settings
         from ipvg_ray.models.faces import FaceAnalyser
 
+        names, self._skipped = self.usable()
+        paths = self.paths()
+        missing = [f"{field}: {paths[field]}" for field in catalogue.fields_of(names) if not paths[field].exists()]
+        if missing:
+            raise FileNotFoundError(
+                f"models are there where the run was started and not on {platform.node()}: {', '.join(missing)}; "
+                "put models.root on storage that all nodes share, or set models.mirror"
+            )
         section = self.config.evaluate
         torch.set_num_threads(context.threads)
-        self._run_dir = context.run_dir.rstrip("/")
+        self._run_dir = run_path(context.run_dir)
         analyser = FaceAnalyser(
             self.models()["pack"],
             det_sizes=(section.det_size,),
@@ -70,7 +100,6 @@ class EvaluateStage(Stage):
             device=context.device,
             threads=context.threads,
         )
-        names, self._skipped = self.usable()
         settings = Settings(
             face_frames=section.frames,
             clip_swapped=section.clip_swapped,
@@ -79,7 +108,7 @@ class EvaluateStage(Stage):
             gme_tokens=section.gme_tokens,
             batch=section.batch,
         )
-        self._scorer = Scorer(names, self.paths(), analyser, device=context.device, settings=settings)
+        self._scorer = Scorer(names, paths, analyser, device=context.device, settings=settings)
         self._find = lru_cache(maxsize=64)(self._find_face)  # an identity's samples mostly follow each other
 
     def process(self, rows: Sequence[Row]) -> Sequence[Row | RowError]:
@@ -89,7 +118,7 @@ class EvaluateStage(Stage):
         from ipvg_ray.media import images, videos
 
         try:
-            frames, fps = videos.read_video(f"{self._run_dir}/{row['video_uri']}")
+            frames, fps = videos.read_video(self._read(row["video_uri"]))
             return self._score(row, frames, fps)
         except RowError as error:
             return error
@@ -97,6 +126,15 @@ class EvaluateStage(Stage):
             return RowError("broken_video", f"{row['video_uri']}: {error}")
         except images.ImageError as error:
             return RowError(error.kind, f"the reference picture: {error}")
+
+    def _read(self, uri: str) -> bytes:
+        """A file of the run, by its path in it as it is written: names that are made safe hold %-signs."""
+        from ipvg_ray.media.videos import VideoError
+
+        try:
+            return (self._run_dir / uri).read_bytes()
+        except FileNotFoundError as error:
+            raise VideoError("the file is not there") from error
 
     def _score(self, row: Row, frames: np.ndarray, fps: float | None) -> Row:
         from ipvg_ray.metrics.frames import Clip
@@ -120,13 +158,20 @@ class EvaluateStage(Stage):
         return bool(frames.shape[:3] == (video.frames, video.height, video.width))
 
     def _found_on(self, row: Mapping[str, Any]) -> FoundReference | None:
-        return self._find(row["image"].get("bytes"), row["image"].get("path"))
+        image, box = row["image"], row.get("face_box")
+        return self._find(
+            image.get("bytes"), image.get("path"), row["image_sha256"], None if box is None else tuple(box)
+        )
 
-    def _find_face(self, data: bytes | None, path: str | None) -> FoundReference | None:
-        """Embedding and aligned picture of the largest face of a reference picture."""
+    def _find_face(
+        self, data: bytes | None, path: str | None, sha256: str, box: tuple[float, ...] | None
+    ) -> FoundReference | None:
+        """Embedding and aligned picture of the reference picture's face at `box`, or of its largest."""
         from ipvg_ray.media import images
 
-        found = self._scorer.face_on(images.decode(images.image_bytes({"bytes": data, "path": path})))
+        encoded = images.image_bytes({"bytes": data, "path": path}, sha256)
+        picture = images.decode(encoded, self.config.dataset.max_image_pixels)
+        found = self._scorer.face_on(picture, box)
         if found is None:
             return None
         embedding = np.asarray(found.face.embedding, np.float32)
@@ -139,7 +184,7 @@ class EvaluateGivenStage(EvaluateStage):
     Failures: those of `EvaluateStage`, and `no_face` where the reference picture shows none.
     """
 
-    needs = ("video_uri", "image", "prompt")
+    needs = ("video_uri", "image", "image_sha256", "prompt")
 
     def _reference(self, row: Mapping[str, Any]) -> FoundReference:
         found = self._found_on(row)

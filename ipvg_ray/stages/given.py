@@ -18,6 +18,7 @@ from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
 
 Layout = Literal["challenge", "tpige", "2026"]
+_STILL_QUALITY = 85
 LAYOUTS: tuple[Layout, ...] = ("challenge", "tpige", "2026")
 
 
@@ -29,6 +30,13 @@ def names_of(layout: Layout, identity_id: str, prompt_id: str) -> list[str]:
         "tpige": [f"{identity_id}_{number}.mp4", f"{identity_id}_prompt{number}.mp4"],
         "2026": [f"{number}.mp4"],
     }[layout]
+
+
+def _file(uri: str) -> bytes:
+    """A whole file. Raises FileNotFoundError, and OSError where it cannot be read for another reason."""
+    filesystem, path = pafs.FileSystem.from_uri(uri) if "://" in uri else (pafs.LocalFileSystem(), uri)
+    with filesystem.open_input_stream(path) as stream:
+        return bytes(stream.read())
 
 
 class LayoutError(UserError, ValueError):
@@ -65,6 +73,8 @@ def layout_of(folder: str) -> Layout:
 class GivenVideosStage(Stage):
     """Takes the place of the stage that makes videos: copies each one into the run and measures it.
 
+    A folder that cannot be read at the moment is an error of the row, not a missing video: that would count as 0.
+
     Failures: `missing_video`, and `broken_video` where the file does not decode whole.
 
     Args:
@@ -95,23 +105,27 @@ class GivenVideosStage(Stage):
         names = names_of(self.layout, row["identity_id"], row["prompt_id"])
         for name in names:
             try:
-                data = images.read_uri(f"{self.folder}/{name}")
+                data = _file(f"{self.folder}/{name}")
                 break
-            except images.ImageError:
+            except FileNotFoundError:
                 continue
         else:
             return RowError("missing_video", f"there is no {' or '.join(names)} in {self.folder}")
         try:
-            info = videos.probe(data)
+            frames, fps = videos.read_video(data)
+            if not fps:
+                raise videos.VideoError("the video does not say its frame rate; make it again")
         except videos.VideoError as error:
             return RowError("broken_video", f"{name}: {error}")
         return {
             "video_uri": self._writer.publish("videos", row["identity_id"], row["prompt_id"], ".mp4", data),
             "video_bytes": len(data),
             "video_sha256": hashlib.sha256(data).hexdigest(),
-            "video_width": info.width,
-            "video_height": info.height,
-            "video_frames": info.frames,
-            "video_fps": info.fps,
-            "video_seconds": info.seconds,
+            "video_width": frames.shape[2],
+            "video_height": frames.shape[1],
+            "video_frames": len(frames),
+            "video_fps": fps,
+            "video_seconds": len(frames) / fps,
+            "video_poster": images.encode(videos.poster(frames), "jpeg", _STILL_QUALITY),
+            "video_strip": images.encode(videos.strip(frames), "jpeg", _STILL_QUALITY),
         }
