@@ -23,6 +23,7 @@ from ipvg_ray.pipeline import run as engine
 from ipvg_ray.pipeline.lease import RunLockedError, lock
 from ipvg_ray.pipeline.ledger import Event, TryLedger
 from ipvg_ray.pipeline.plan import PlanError, make_steps
+from ipvg_ray.pipeline.stage import WorkerBrokenError
 from ipvg_ray.pipeline.status import status
 from ipvg_ray.pipeline.store import Store, batch_digest, new_session, row_seeds
 from ipvg_ray.pipeline.survey import InconsistentRunError
@@ -355,3 +356,23 @@ def test_rows_that_a_late_part_repeats_are_taken_out_of_it(tmp_path: Path) -> No
     drive(request(tmp_path / "run"))
     check_complete(tmp_path / "run")
     assert 0 < pq.read_metadata(late).num_rows < both.num_rows
+
+
+def test_a_worker_that_is_broken_ends_and_fails_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = request(tmp_path / "run")
+    with engine.opened(asked, freeze_fake(2, 1)) as this:
+        worker = make_worker(this, asked, "first")
+        batch = next(iter(read_rows(write_tickets(this.store.tickets_dir, this.steps, 0, this.found), 0, 2, 2)))
+
+        def broken(rows: Any) -> Any:
+            raise WorkerBrokenError("the engine has died")
+
+        def leave(status: int) -> None:
+            raise Crash(status)
+
+        worker.stage.process = broken  # type: ignore[method-assign]
+        monkeypatch.setattr("os._exit", leave)
+        with pytest.raises(Crash):
+            worker(batch)
+    assert not tables.parts(tmp_path / "run", "failures")
+    assert not tables.parts(tmp_path / "run", "first")

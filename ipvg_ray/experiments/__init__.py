@@ -115,8 +115,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         {"dataset": {"limit": 25}},
     ),
     "tpige": Experiment(
-        "Guidance of TPIGE against plain guidance, from the reference drawn in the prompt's clothes (the paper's numbers "
-        "are those of its whole entry to the challenge, not of the guidance alone)",
+        "Guidance of TPIGE against plain guidance, from the reference drawn in the prompt's clothes (the paper's "
+        "numbers are those of its whole entry to the challenge, not of the guidance alone)",
         _TPIGE,
         (
             Variant("plain guidance", {"video": {"guide": "cfg"}}),

@@ -43,6 +43,13 @@ class RowError(Exception):
         return f"{self.kind}: {self.message}"
 
 
+class WorkerBrokenError(Exception):
+    """Raised by `process` where nothing more can come of this worker, such as an engine that has died.
+
+    The engine ends the process; the worker that takes its place is given the rows again. Counts as a death.
+    """
+
+
 class StageDefinitionError(TypeError):
     """A stage class that contradicts the contract; raised when the stage is made, before anything runs."""
 

@@ -31,7 +31,7 @@ from ipvg_ray.pipeline.deaths import Death, LastWords, inquest
 from ipvg_ray.pipeline.ledger import Event, Ledger, Who
 from ipvg_ray.pipeline.plan import ATTEMPT, SAMPLES, Step
 from ipvg_ray.pipeline.scratch import RunScratch
-from ipvg_ray.pipeline.stage import Group, Row, RowError, Stage, StageContext
+from ipvg_ray.pipeline.stage import Group, Row, RowError, Stage, StageContext, WorkerBrokenError
 from ipvg_ray.pipeline.staging import node_age, take_models
 from ipvg_ray.pipeline.store import FencedError, Store, batch_digest, failures_table, row_seeds
 from ipvg_ray.pipeline.turns import Turns
@@ -274,8 +274,8 @@ class Worker:
         return Outcome(finished.cast(self.stored), failures)
 
     def _leave_if_broken(self, error: BaseException) -> None:
-        """End this process where its CUDA context is lost: every later row would fail in it. Counts as a death."""
-        if context_lost(error):
+        """End this process where every later row would fail in it too. Counts as a death."""
+        if isinstance(error, WorkerBrokenError) or context_lost(error):
             traceback.print_exc()
             if self.last_words:
                 self.last_words.leave(1, traceback.format_exc())

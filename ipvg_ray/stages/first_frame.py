@@ -12,10 +12,10 @@ import numpy as np
 
 from ipvg_ray.media import images, provenance
 from ipvg_ray.models import face_detail
-from ipvg_ray.models.batcher import Batcher, Procedure
+from ipvg_ray.models.batcher import Batcher, BatcherEndedError, Procedure
 from ipvg_ray.models.best_of import Attempt, Best, best_of, is_similar
 from ipvg_ray.models.faces import Face, FaceAnalyser, choose
-from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
+from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext, WorkerBrokenError
 
 if TYPE_CHECKING:
     from ipvg_ray.config import Config, FirstFrameConfig
@@ -158,6 +158,8 @@ class FirstFrameStage(Stage):
     def process(self, rows: Sequence[Row]) -> Sequence[Row | RowError]:
         results: list[Row | RowError] = []
         for end in self._batcher.work([self._row(row) for row in rows]):
+            if isinstance(end, BatcherEndedError):
+                raise WorkerBrokenError("the thread that draws has ended") from end
             if isinstance(end, Exception) and not isinstance(end, RowError):
                 raise end
             results.append(end)

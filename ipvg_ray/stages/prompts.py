@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import sys
-import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ipvg_ray.media import images
 from ipvg_ray.models import prompt_rules as rules
@@ -29,7 +26,7 @@ from ipvg_ray.models.chat_load import load_engine
 from ipvg_ray.models.prompt_patterns import pattern
 from ipvg_ray.models.prompt_templates import Call, conversation, digest, load_templates
 from ipvg_ray.models.prompt_text import plain
-from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
+from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext, WorkerBrokenError
 
 if TYPE_CHECKING:
     from ipvg_ray.config import Config, PromptsConfig
@@ -126,8 +123,8 @@ class PromptsStage(Stage):
                 results[i] = error
         try:
             ends = self.engine.converse(list(dialogues.values()), self._sampling())
-        except EngineDiedError:
-            _leave()
+        except EngineDiedError as error:
+            raise WorkerBrokenError("the language model's engine has died") from error
         for i, end in zip(dialogues, ends, strict=True):
             results[i] = _judged(end)
         return [result for result in results if result is not None]
@@ -282,11 +279,3 @@ def _picture(row: Row, config: Config) -> bytes:
     except images.ImageError as error:
         raise RowError(error.kind, str(error)) from error
     return bytes(images.encode(images.shrunk(rgb, config.prompts.picture_side))["bytes"])
-
-
-def _leave() -> NoReturn:
-    """End this process, whose engine is gone: the rows in work are asked again by the worker that takes its place."""
-    traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
