@@ -84,13 +84,13 @@ def paired(first: Values, second: Values, *, lower_is_better: bool = False, owne
     alone = len(first) - len(shared), len(second) - len(shared)
     if not shared:
         return Pairing(0, None, None, *alone, Mean(0, None), None, None)
-    ends = [float(np.mean([run[sample] for sample in shared])) for run in (first, second)]
+    means = [float(np.mean([run[sample] for sample in shared])) for run in (first, second)]
     differences = {sample: second[sample] - first[sample] for sample in shared}
     numbers = np.array(list(differences.values()))
     better = np.sign(-numbers if lower_is_better else numbers)
     p = _sign_flip(_by_identity(differences, owners or {})[0])
     change = mean_of(differences, owners)
-    return Pairing(len(shared), *ends, *alone, change, p, float(((better + 1) / 2).mean()))
+    return Pairing(len(shared), means[0], means[1], *alone, change, p, float(((better + 1) / 2).mean()))
 
 
 def _finite(values: Values) -> dict[str, float]:
