@@ -24,7 +24,7 @@ from ipvg_ray import tables
 from ipvg_ray.storage import S3Path
 
 ROOT = S3Path("runs", "mini")
-STAGES = ("faces", "matting", "prompts", "first_frame", "video", "evaluate")
+STAGES = ("faces", "matting", "prompts", "text_states", "first_frame", "video", "evaluate")
 
 
 def parts() -> dict[str, str]:
@@ -53,7 +53,8 @@ def main() -> None:
         head |= {"dashboard_agent_listen_port": free_port()}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         for pool in ("one-gpu", "eight-gpu"):
-            cluster.add_node(num_cpus=2, labels={"ipvg-ray/pool": pool})
+            # Each with its own folder for packages, as machines have: one node's clearing up takes no other's away.
+            cluster.add_node(num_cpus=2, labels={"ipvg-ray/pool": pool}, runtime_env_dir_name=f"packages-{pool}")
         address = f"http://{cluster.webui_url}"
         client = JobSubmissionClient(address)
         wait_for_agent(client)

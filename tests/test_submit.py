@@ -128,7 +128,7 @@ def test_the_miniature_pipeline_as_a_job_from_s3_to_s3(tmp_path: Path, mini_mode
 
     identities = make_demo(tmp_path / "identities")
     file = tmp_path / "pools.yaml"
-    pools = dict.fromkeys(("faces", "matting", "prompts", "first_frame", "evaluate"), "one-gpu")
+    pools = dict.fromkeys(("faces", "matting", "prompts", "text_states", "first_frame", "evaluate"), "one-gpu")
     pools["video"] = "eight-gpu"
     lines = [f"{name}: {{pool: {{label_selector: {{ipvg-ray/pool: {p}}}}}}}" for name, p in pools.items()]
     file.write_text("\n".join([*lines, "dataset: {limit: 3}", ""]))
@@ -151,7 +151,8 @@ def test_the_miniature_pipeline_as_a_job_from_s3_to_s3(tmp_path: Path, mini_mode
     )
     assert told["outcomes"] == ["interrupted", "complete"]
     assert told["kept"] >= 3, "parts of the first job stand as they were"
-    assert told["rows"] == {"faces": 2, "matting": 2, "prompts": 4, "first_frame": 4, "video": 4, "evaluate": 4}
+    samples = dict.fromkeys(("prompts", "text_states", "first_frame", "video", "evaluate"), 4)
+    assert told["rows"] == {"faces": 2, "matting": 2, **samples}
     assert told["most"] == 1, "nothing was done twice"
     assert told["videos"] == 4
     assert told["report"]
