@@ -23,7 +23,7 @@ from ipvg_ray.pipeline import run as engine
 from ipvg_ray.pipeline.lease import RunLockedError, lock
 from ipvg_ray.pipeline.ledger import Event, TryLedger
 from ipvg_ray.pipeline.plan import PlanError, make_steps
-from ipvg_ray.pipeline.stage import WorkerBrokenError
+from ipvg_ray.pipeline.stage import RowError, WorkerBrokenError
 from ipvg_ray.pipeline.status import status
 from ipvg_ray.pipeline.store import Store, batch_digest, new_session, row_seeds
 from ipvg_ray.pipeline.survey import InconsistentRunError
@@ -376,3 +376,13 @@ def test_a_worker_that_is_broken_ends_and_fails_no_row(tmp_path: Path, monkeypat
             worker(batch)
     assert not tables.parts(tmp_path / "run", "failures")
     assert not tables.parts(tmp_path / "run", "first")
+
+
+def test_a_batch_of_nothing_but_refused_rows_keeps_their_kinds(tmp_path: Path) -> None:
+    asked = request(tmp_path / "run")
+    with engine.opened(asked, freeze_fake(2, 1)) as this:
+        worker = make_worker(this, asked, "first")
+        batch = next(iter(read_rows(write_tickets(this.store.tickets_dir, this.steps, 0, this.found), 0, 2, 2)))
+        worker.stage.process = lambda rows: [RowError("refused", "no") for _ in rows]  # type: ignore[method-assign]
+        assert worker(batch).num_rows == 0
+    assert [f["kind"] for f in tables.read_table(asked.run_dir, "failures").to_pylist()] == ["refused", "refused"]

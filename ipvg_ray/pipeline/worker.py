@@ -259,7 +259,8 @@ class Worker:
         failures = [self._failure(batch, i, r) for i, r in enumerate(results) if isinstance(r, RowError)]
         share = seconds / batch.num_rows
         if failures:
-            batch = batch.take([i for i, result in enumerate(results) if not isinstance(result, RowError)])
+            kept = [i for i, result in enumerate(results) if not isinstance(result, RowError)]
+            batch = batch.take(pa.array(kept, pa.int64()))  # may be none
             results = [result for result in results if not isinstance(result, RowError)]
         columns = self.step.table.columns
         if unknown := set().union(*results) - columns.keys():  # type: ignore[arg-type]
