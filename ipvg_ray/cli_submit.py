@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import shlex
 import shutil
@@ -161,7 +162,7 @@ async def _follow(client: Any, name: str, address: str) -> None:
     """
     printed, answered = 0, time.monotonic()
     while True:
-        printed, broken = await _print_log(client, name, printed)
+        printed = await _print_log(client, name, printed)
         try:
             ended = client.get_job_info(name).status.is_terminal()
             answered = time.monotonic()
@@ -170,31 +171,26 @@ async def _follow(client: Any, name: str, address: str) -> None:
                 mend = f"the job may go on; look with: ray job status --address {address} {name}"
                 raise SubmitError(f"the cluster has not answered for {_SILENCE:g} s; {mend} ({error})") from error
             ended = False
-        if ended:
-            if broken:
-                await _print_log(client, name, printed)
+        if ended:  # Ray ends a connection when the job has, without its last words if they came late
+            with contextlib.suppress(RuntimeError, OSError):
+                print(client.get_job_logs(name)[printed:], end="", flush=True)
             return
         await asyncio.sleep(_AGAIN)
 
 
-async def _print_log(client: Any, name: str, printed: int) -> tuple[int, bool]:
-    """Print the job's log without its first `printed` characters, until the connection ends.
-
-    Returns:
-        How many characters have been printed now, and whether the connection broke.
-    """
+async def _print_log(client: Any, name: str, printed: int) -> int:
+    """Print the job's log without its first `printed` characters, until the connection ends; returns how many have
+    been printed now."""
     from aiohttp import ClientError
 
     passed = 0
-    try:
+    with contextlib.suppress(RuntimeError, OSError, ClientError):
         async for lines in client.tail_job_logs(name):  # from its begin, each time
             passed += len(lines)
             if passed > printed:
                 print(lines[printed - passed :], end="", flush=True)
                 printed = passed
-    except (RuntimeError, OSError, ClientError):
-        return printed, True
-    return printed, False
+    return printed
 
 
 def _conclude(client: Any, name: str, address: str, arguments: list[str]) -> int:
