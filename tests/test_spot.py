@@ -131,7 +131,8 @@ import psutil
 from pathlib import Path
 from ray.cluster_utils import Cluster
 address, run_dir, flag = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+# What is left must hold all workers and the tasks that deal rows to them: a smaller one would wait for nodes.
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 6, "include_dashboard": False})
 doomed = cluster.add_node(num_cpus=2, env_vars={"IPVG_RAY_METADATA": address})
 raylet = psutil.Process(doomed.all_processes["raylet"][0].process.pid)
 working = lambda: [p for p in raylet.children() if "MapWorker" in p.name()]
