@@ -4,25 +4,20 @@ backpressure, from `resume.py` and `backpressure.py`.
 
 usage: python benchmarks/engine.py [--rows 50000] [--batch 500] [--repeat 3] [--only throughput|resume|backpressure]
 The cost of a row is what twice the rows take longer, divided by the rows: the start of actors, which a run pays once,
-is left out and shown apart. Prints medians and the ratios to the plain chain; 1.0 would be free. CPU time is that of
-all processes, the workers' too: on fewer cores than processes it bounds the wall time, and other work on the machine
-hardly stretches it.
+is left out and shown apart. Prints medians and the ratios to the plain chain; 1.0 would be free.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 
 HERE = Path(__file__).parent
@@ -117,51 +112,20 @@ def throughput(rows: int, batch: int, repeat: int) -> None:
         "ipvg_ray, nothing written": lambda n: ours(n, batch, False),
         "ipvg_ray, with checkpoints": lambda n: ours(n, batch, True),
     }
-    runs: dict[str, list[tuple[Spent, Spent]]] = {way: [] for way in ways}
+    times: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     execute.connect()
     for _ in range(repeat):
         for way, measure in ways.items():
-            runs[way].append((spent(measure, rows), spent(measure, 2 * rows)))
+            times[way].append((measure(rows), measure(2 * rows)))
     execute.shutdown()
     print(f"{len(STAGES)} stages, batches of {batch}, {rows} and {2 * rows} rows, medians of {repeat}")
-    print(f"{'':28}{'one run':>9}{'twice':>9}{'ms/1000 rows':>14}{'ratio':>7}{'CPU ms/1000 rows':>18}{'ratio':>7}")
-    base: Spent | None = None
-    for way, pairs in runs.items():
-        once, twice = (statistics.median(pair[i].wall for pair in pairs) for i in (0, 1))
-        cost = Spent(
-            statistics.median(two.wall - one.wall for one, two in pairs) / rows,
-            statistics.median(two.cpu - one.cpu for one, two in pairs) / rows,
-        )
+    print(f"{'':28}{'one run':>10}{'twice':>10}{'ms per 1000 rows':>18}{'rows/s':>10}{'ratio':>8}")
+    base = 0.0
+    for way, pairs in times.items():
+        once, twice = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
+        cost = statistics.median(pair[1] - pair[0] for pair in pairs) / rows
         base = base or cost
-        print(
-            f"{way:28}{once:8.2f}s{twice:8.2f}s{cost.wall * 1e6:14.1f}{cost.wall / base.wall:7.2f}"
-            f"{cost.cpu * 1e6:18.1f}{cost.cpu / base.cpu:7.2f}",
-            flush=True,
-        )
-
-
-@dataclass(frozen=True)
-class Spent:
-    """Seconds on the clock, and of all processes' CPU time."""
-
-    wall: float
-    cpu: float
-
-
-def spent(measure: Callable[[int], float], rows: int) -> Spent:
-    before = cpu_seconds()
-    wall = measure(rows)
-    return Spent(wall, cpu_seconds() - before)
-
-
-def cpu_seconds() -> float:
-    """CPU time so far of this process and of all that it started, Ray's included, also of those that have ended."""
-    here = psutil.Process()
-    total = 0.0
-    for process in [here, *here.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            total += sum(process.cpu_times()[:4])  # its own, and those of its children that have ended
-    return total
+        print(f"{way:28}{once:9.2f}s{twice:9.2f}s{cost * 1e6:18.1f}{1 / cost:10.0f}{cost / base:8.2f}", flush=True)
 
 
 def main() -> None:
