@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from sdxl_minis import load_pipeline, make_minis, words
+from sdxl_minis import full_unet, load_pipeline, make_minis, words
 
 from ipvg_ray.models.hyperlora import ALPHA_PER_RANK, HyperLora, kohya_state_dict
 from ipvg_ray.models.lora import LoraPair, PerSampleLora, projection_paths
@@ -201,19 +201,7 @@ def full_size(root: Path, settings: DrawSettings, people: int) -> Bench:
     dtype, pipelines = torch.bfloat16, []
     torch.manual_seed(0)
     with torch.device("cuda"):
-        unet = UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        ).to(dtype)
+        unet = full_unet().to(dtype)
         vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
             layers_per_block=2,

@@ -42,8 +42,8 @@ from ipvg_ray.models.mini import qwen3
 from ipvg_ray.models.prompt_templates import conversation, load_templates
 from ipvg_ray.pipeline import execute
 from ipvg_ray.pipeline import run as engine
+from ipvg_ray.pipeline.stage import derived_seed
 from ipvg_ray.pipeline.store import row_seeds
-from ipvg_ray.stages.prompts import call_seed
 
 TARGET = "A man"
 CONTEXT = 2048
@@ -74,8 +74,8 @@ def calls(prompts: list[str]) -> tuple[list[Question], list[Question]]:
     for i, prompt in enumerate(prompts):
         (seed,) = row_seeds(1, [f"id{i // 5:05d}/prompt{i % 5}"], "prompts")
         refined = rules.fallback_polished(prompt, TARGET)
-        first.append(Question(conversation(templates["polisher"], prompt, TARGET), call_seed(seed, "polisher", 0)))
-        second.append(Question(conversation(templates["parser"], refined, TARGET), call_seed(seed, "parser", 0)))
+        first.append(Question(conversation(templates["polisher"], prompt, TARGET), derived_seed(seed, "polisher", 0)))
+        second.append(Question(conversation(templates["parser"], refined, TARGET), derived_seed(seed, "parser", 0)))
     return first, second
 
 

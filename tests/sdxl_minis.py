@@ -28,6 +28,25 @@ def make_minis(root: Path, seed: int = 0) -> Path:
     return root
 
 
+def full_unet() -> Any:
+    """SDXL base's UNet with random weights, on the device of the context."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+
+
 def embedding(number: int) -> torch.Tensor:
     """A made-up ArcFace embedding, (512,), of length 1."""
     values = torch.randn(512, generator=torch.Generator().manual_seed(number))

@@ -22,8 +22,8 @@ from ipvg_ray.models.faces import Face
 from ipvg_ray.models.mini import sdxl as mini_sdxl
 from ipvg_ray.models.safety import SafetyError
 from ipvg_ray.models.sdxl_load import SdxlError
-from ipvg_ray.pipeline.stage import RowError
-from ipvg_ray.stages.first_frame import FirstFrameStage, derived_seed
+from ipvg_ray.pipeline.stage import RowError, derived_seed
+from ipvg_ray.stages.first_frame import FirstFrameStage
 
 REFERENCE = embedding(1001).numpy()  # of identity 1
 BOX = (30.0, 20.0, 50.0, 44.0)

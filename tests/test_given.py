@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from media_folder import Folder
 
 from ipvg_ray import config, tables
 from ipvg_ray.dataset.asked import asked, require_own_numbers
@@ -18,17 +19,6 @@ from ipvg_ray.pipeline.stage import RowError, StageContext
 from ipvg_ray.stages import UnknownStageError, stages_of
 from ipvg_ray.stages.evaluate import EvaluateGivenStage
 from ipvg_ray.stages.given import GivenVideosStage, LayoutError, checked_layout, layout_of, names_of
-
-
-class Folder:
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def publish(self, folder: str, identity_id: str, name: str, suffix: str, data: bytes) -> str:
-        path = self.root / folder / identity_id / f"{name}{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        return str(path.relative_to(self.root))
 
 
 @pytest.mark.parametrize(

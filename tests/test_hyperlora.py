@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sdxl_minis import add_base, make_minis, one_condition
+from sdxl_minis import add_base, full_unet, make_minis, one_condition
 from torch import nn
 
 from ipvg_ray.models import hyperlora, lora
@@ -32,26 +32,6 @@ SGM_BLOCKS = {
     "output_blocks_4_1": ("up_blocks.1.attentions.1", 2),
     "output_blocks_5_1": ("up_blocks.1.attentions.2", 2),
 }
-
-
-def full_unet() -> nn.Module:
-    """SDXL base's UNet without memory for its weights."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        return UNet2DConditionModel(
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
 
 
 def names(style: str) -> dict[str, str]:
@@ -258,7 +238,8 @@ def test_inputs_of_another_width_are_refused(golden):
 
 @pytest.mark.parametrize("style", ["sgm", "diffusers"])
 def test_both_numberings_name_all_560_projections_of_sdxl(style):
-    unet = full_unet()
+    with torch.device("meta"):  # no memory for its weights
+        unet = full_unet()
     known = names(style)
     assert len(known) == 140
     assert {name: lora.attention_path(name) for name in known} == known
@@ -270,7 +251,8 @@ def test_both_numberings_name_all_560_projections_of_sdxl(style):
 
 
 def test_the_released_size_gives_11_6_million_lora_weights():
-    unet = full_unet()
+    with torch.device("meta"):  # no memory for its weights
+        unet = full_unet()
     paths = lora.projection_paths(names("diffusers"))
     layers = [unet.get_submodule(path) for path in paths.values()]
     assert round(sum(8 * (layer.in_features + layer.out_features) for layer in layers) / 1e6, 1) == 11.6

@@ -12,8 +12,8 @@ from ipvg_ray.models.chat import ChatModel
 from ipvg_ray.models.chat_engine import Answer, BatchEngine, PromptTooLongError, Question, Sampling
 from ipvg_ray.models.mini import qwen3
 from ipvg_ray.models.prompt_templates import CALLS, conversation, digest, load_templates
-from ipvg_ray.pipeline.stage import Row, RowError, StageContext
-from ipvg_ray.stages.prompts import PromptsStage, call_seed
+from ipvg_ray.pipeline.stage import Row, RowError, StageContext, derived_seed
+from ipvg_ray.stages.prompts import PromptsStage
 
 POLISHED = "A man in a white apron cooks and smiles briefly."
 SPATIAL = "A man, white apron, kitchen, soft light"
@@ -101,7 +101,7 @@ def test_only_invalid_rows_are_asked_again_each_with_a_new_seed() -> None:
     assert results[1]["prompt_note"] == "polisher: try 1 cut at the token limit"  # type: ignore[index]
     engine: ScriptedEngine = stage.engine  # type: ignore[assignment]
     assert engine.batches == [3, 3, 1]  # the repeat of one row shares a batch with the next call of the others
-    assert engine.seeds["polisher", "Subject: A man\nText: tea"] == [call_seed(2, "polisher", i) for i in (0, 1)]
+    assert engine.seeds["polisher", "Subject: A man\nText: tea"] == [derived_seed(2, "polisher", i) for i in (0, 1)]
     assert len({seed for seeds in engine.seeds.values() for seed in seeds}) == 3 + 1 + 3
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from media_folder import Folder
 
 from ipvg_ray import config
 from ipvg_ray.media import images, videos
@@ -25,19 +26,6 @@ from ipvg_ray.storage import StorageError
 
 SMALL = {"width": 64, "height": 32, "frames": 5, "fps": 8, "steps": 2}
 MODELS = {"ti2v-5B": wan_vace.TI2V_NAME, "i2v-A14B": wan_vace.A14B_NAME}
-
-
-class Folder:
-    """Publishes into a plain folder, as the run's store does."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def publish(self, folder: str, identity_id: str, name: str, suffix: str, data: bytes) -> str:
-        path = self.root / folder / identity_id / f"{name}{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-        return str(path.relative_to(self.root))
 
 
 class Memory:

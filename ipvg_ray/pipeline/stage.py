@@ -6,6 +6,7 @@ A stage is handed rows (plain dictionaries) and gives back, row by row and in or
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,12 @@ class RowError(Exception):
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.message}"
+
+
+def derived_seed(seed: int, *part: object) -> int:
+    """A seed in [0, 2^63) of its own for one part of a row's work, such as one try of one call, from the row's seed."""
+    hashed = hashlib.blake2b("/".join(map(str, (seed, *part))).encode(), digest_size=8).digest()
+    return int.from_bytes(hashed, "big") >> 1
 
 
 class WorkerBrokenError(Exception):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from ipvg_ray.models import face_detail
 from ipvg_ray.models.batcher import Batcher, BatcherEndedError, Procedure
 from ipvg_ray.models.best_of import Attempt, Best, best_of, is_similar
 from ipvg_ray.models.faces import Face, FaceAnalyser, choose
-from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext, WorkerBrokenError
+from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext, WorkerBrokenError, derived_seed
 
 if TYPE_CHECKING:
     from ipvg_ray.config import Config, FirstFrameConfig
@@ -357,9 +356,3 @@ def _similarity(found: Sequence[Face], reference: np.ndarray, shape: Sequence[in
         return None
     embedding = choose(found, "largest", (shape[1], shape[0])).normed_embedding
     return None if embedding is None else float(embedding @ reference / max(float(np.linalg.norm(reference)), 1e-12))
-
-
-def derived_seed(seed: int, what: object) -> int:
-    """A seed in [0, 2^63) of its own for one part of a row's work, from the row's seed."""
-    hashed = hashlib.blake2b(f"{seed}/{what}".encode(), digest_size=8).digest()
-    return int.from_bytes(hashed, "big") >> 1

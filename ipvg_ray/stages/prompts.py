@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from ipvg_ray.models.chat_load import load_engine
 from ipvg_ray.models.prompt_patterns import pattern
 from ipvg_ray.models.prompt_templates import Call, conversation, digest, load_templates
 from ipvg_ray.models.prompt_text import plain
-from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext, WorkerBrokenError
+from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext, WorkerBrokenError, derived_seed
 
 if TYPE_CHECKING:
     from ipvg_ray.config import Config, PromptsConfig
@@ -234,19 +233,13 @@ class PromptsStage(Stage):
         tries = 1 + (self.settings.retries if self.settings.temperature > 0 else 0)
         reasons: list[str] = []
         for attempt in range(tries):
-            answer = yield Question(messages, call_seed(seed, call, attempt), picture, enforced)
+            answer = yield Question(messages, derived_seed(seed, call, attempt), picture, enforced)
             checked = check(answer.text, answer.finished)
             log.debug("%s, try %d: mended %s, invalid %s", call, attempt + 1, checked.mended, checked.invalid)
             if not checked.invalid:
                 return Outcome(call, checked.text, "retried" if attempt else "ok", tuple(reasons))
             reasons.append(f"try {attempt + 1} {', '.join(checked.invalid)}")
         return Outcome(call, fallback, "fallback", (*reasons, "the input stands in"))
-
-
-def call_seed(seed: int, call: str, attempt: int) -> int:
-    """Seed in [0, 2^63) of one try of one call, from the row's seed."""
-    hashed = hashlib.blake2b(f"{seed}/{call}/{attempt}".encode(), digest_size=8).digest()
-    return int.from_bytes(hashed, "big") >> 1
 
 
 def _columns(outcomes: Sequence[Outcome], video: str, image: str, reference: str | None = None) -> Row:

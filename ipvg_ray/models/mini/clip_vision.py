@@ -34,9 +34,13 @@ def make(root: Path, seed: int = 0) -> None:
         model = CLIPVisionModel(config).eval()
     with only_errors():
         model.save_pretrained(root / NAME)
-    # As the published CLIP folders have it: plain numbers for the sizes, 3 for bicubic.
+    write_processor(root / NAME, _SIDE)
+
+
+def write_processor(folder: Path, side: int) -> None:
+    """Write CLIP's preprocessing for pictures of side×side as published folders have it: plain sizes, 3 for bicubic."""
     processor = {
-        "crop_size": _SIDE,
+        "crop_size": side,
         "do_center_crop": True,
         "do_normalize": True,
         "do_resize": True,
@@ -44,6 +48,6 @@ def make(root: Path, seed: int = 0) -> None:
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
         "resample": 3,
-        "size": _SIDE,
+        "size": side,
     }
-    (root / NAME / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ipvg_ray.metrics.nets import amt, curricular_face, inception, musiq, raft, resnet_face, retina_face, vi_clip
 from ipvg_ray.models.mini.clip_tokenizer import LENGTH, write_clip_tokenizer
+from ipvg_ray.models.mini.clip_vision import write_processor
 from ipvg_ray.models.mini.qwen3 import CONTEXT, CONTROL_TOKENS, EMBEDDINGS, make_tokenizer
 from ipvg_ray.models.mini.qwen3_vl import VISION_TOKENS
 from ipvg_ray.models.quiet import no_bars, only_errors
@@ -77,18 +78,7 @@ def _clip(folder: Path, seed: int) -> int:
         model = CLIPModel(config).eval()
     with only_errors():
         model.save_pretrained(folder)
-    processor = {
-        "crop_size": _SIDE,
-        "do_center_crop": True,
-        "do_normalize": True,
-        "do_resize": True,
-        "feature_extractor_type": "CLIPFeatureExtractor",
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "resample": 3,
-        "size": _SIDE,
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    write_processor(folder, _SIDE)
     return vocabulary
 
 
