@@ -143,7 +143,7 @@ def with_the_stage(
         "max_new_tokens": sampling.max_new_tokens,
         "retries": 0,
         "constrain": constrain,
-        "pool": {"batch_size": 16, "concurrency": 40, "cpus": 0.1},
+        "pool": {"batch_size": 16, "concurrency": 40, "cpus": 0.1, "threads": os.cpu_count() or 1},  # as (c) takes
     }
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
