@@ -36,7 +36,8 @@ def landmarks(side: int = 300) -> np.ndarray:
 def with_picture(number: int, **changes: object) -> dict[str, Any]:
     whole = images.encode(face(number, side=300))
     digest = hashlib.sha256(whole["bytes"]).hexdigest()
-    columns = {"image": whole, "image_sha256": digest, "landmarks_106": landmarks().ravel().tolist()}
+    columns = {"image": whole, "image_sha256": digest, "more_images": None, "more_images_sha256": None}
+    columns |= {"reference_numbers": [0], "reference_landmarks": [landmarks().ravel().tolist()]}
     return row(1, **(columns | changes))
 
 
@@ -69,8 +70,8 @@ def test_the_base_lora_takes_the_rest_of_the_picture_in(models, monkeypatch):
 
 def test_its_needs_and_failures(models, monkeypatch):
     stage = started(models, monkeypatch, hyperlora="with-base", base_weight=0.5)
-    assert {"image", "image_sha256", "landmarks_106"} <= set(stage.needs)
-    changed, flat = with_picture(1, image_sha256="0" * 64), with_picture(1, landmarks_106=[5.0] * 212)
+    assert {"image", "more_images", "reference_landmarks"} <= set(stage.needs)
+    changed, flat = with_picture(1, image_sha256="0" * 64), with_picture(1, reference_landmarks=[[5.0] * 212])
     results = stage.process([changed, flat])
     assert [r.kind for r in results if isinstance(r, RowError)] == ["image_changed", "bad_landmarks"]
     with pytest.raises(ValueError, match="base_weight is above 0"):
