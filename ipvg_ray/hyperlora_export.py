@@ -40,7 +40,7 @@ def export_lora(settings: Config, pictures: Sequence[Path], target: Path, name: 
 
     The pictures are prepared and chosen as in a run with this configuration, but for `faces.used_references`: all that
     pass the gates are used. Load the file with the weight of `first_frame.weight` and begin prompts with HyperLoRA's
-    trigger words.
+    trigger words; a Base LoRA is then in it with `first_frame.base_weight`.
 
     Args:
         settings: names the models.
@@ -54,21 +54,27 @@ def export_lora(settings: Config, pictures: Sequence[Path], target: Path, name: 
     """
     from ipvg_ray.models.clip_vision import ClipVision
     from ipvg_ray.models.hyperlora import HyperLora, save_lora
-    from ipvg_ray.models.lora import LoraPair
-    from ipvg_ray.models.painter import identity_lora
+    from ipvg_ray.models.lora import LoraPair, merged
+    from ipvg_ray.models.painter import base_lora, identity_lora
     from ipvg_ray.stages.first_frame import person
 
     section, place = settings.first_frame, settings.models.path
+    if section.base_weight and not section.weight:
+        raise ExportError("first_frame.weight is 0: a file loaded with it does nothing; set it above 0")
     row = _prepared(settings, pictures, device)
     try:
         hyperlora = HyperLora.load(place(section.hyperlora), device=device)
         clip = ClipVision.load(place(section.clip_vision), device=device)
-        pairs = identity_lora(hyperlora, clip, person(row))
+        identity = person(row, settings)
+        pairs = identity_lora(hyperlora, clip, identity)
+        if section.base_weight:
+            base = base_lora(hyperlora, clip, identity)
+            pairs = merged([(pairs, 1.0), (base, section.base_weight / section.weight)])
     except ValueError as error:
         raise ExportError(str(error)) from error
     target.parent.mkdir(parents=True, exist_ok=True)
     save_lora(target, {key: LoraPair(pair.down.half(), pair.up.half()) for key, pair in pairs.items()}, name)
-    return Exported(hyperlora.rank, sum(row["reference_used"]), _left_out(row, pictures))
+    return Exported(len(next(iter(pairs.values())).down), sum(row["reference_used"]), _left_out(row, pictures))
 
 
 def _prepared(settings: Config, pictures: Sequence[Path], device: str) -> dict[str, Any]:

@@ -76,3 +76,22 @@ def test_its_needs_and_failures(models, monkeypatch):
     assert [r.kind for r in results if isinstance(r, RowError)] == ["image_changed", "bad_landmarks"]
     with pytest.raises(ValueError, match="base_weight is above 0"):
         started(models, monkeypatch, base_weight=0.5)
+
+
+def test_base_pictures_of_all_used_references_are_read(models, monkeypatch):
+    """The mean of what each gives; a picture that is not used is not opened."""
+    one, other = with_picture(1), with_picture(2)
+    both = {"reference_numbers": [0, 2], "reference_landmarks": one["reference_landmarks"] * 2}
+    both |= {"more_images": [{"bytes": b"never read", "path": None}, other["image"]]}
+    both |= {"more_images_sha256": ["0" * 64, other["image_sha256"]]}
+    both |= {"id_embeddings": one["id_embeddings"] * 2, "embeddings": one["embeddings"] * 2}
+    stage = started(models, monkeypatch, hyperlora="with-base", base_weight=0.85)
+
+    def drawn(name: str, **changes: Any) -> np.ndarray:
+        return picture(stage.process([with_picture(1, identity_id=name, **changes)])[0]).astype(int)
+
+    alone = drawn("alone")
+    used = drawn("both", **both, reference_used=[True, True], more_id_pictures=[one["id_picture"]])
+    unused = drawn("one", **both, reference_used=[True, False])
+    assert np.abs(alone - used).mean() > 0.1
+    assert np.array_equal(alone, unused)

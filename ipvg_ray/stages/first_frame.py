@@ -192,7 +192,7 @@ class FirstFrameStage(Stage):
         section = self.settings
         if not row["image_prompt"].strip():
             raise RowError("empty_prompt", "the first frame's prompt is empty; give the sample a prompt")
-        identity, embedding = person(row, self._base_pictures(row)), _used(row, "embeddings").mean(axis=0)
+        identity, embedding = person(row, self.config), _used(row, "embeddings").mean(axis=0)
         subject = Subject(identity, embedding, row["image_prompt"], self._control(row))
         frame = yield from self._best(subject, self._drawing(section.width, section.height), row["seed"])
         refused = [f"{number} {a.refused}" for number, a in enumerate(frame.attempts, 1) if a.refused]
@@ -219,23 +219,6 @@ class FirstFrameStage(Stage):
         result["reference_picture"] = self._encoded(best.taken, row)
         result["reference_similarity"] = best.taken.similarity
         return result
-
-    def _base_pictures(self, row: Row) -> tuple[np.ndarray, ...]:
-        """What the Base LoRA is made from, of all reference pictures used; none where it has no weight."""
-        from ipvg_ray.models.base_picture import base_picture
-
-        if not self.settings.base_weight:
-            return ()
-        cells = [row["image"], *(row["more_images"] or ())]
-        hashes = [row["image_sha256"], *(row["more_images_sha256"] or ())]
-        made = []
-        for number, points in compress(
-            zip(row["reference_numbers"], row["reference_landmarks"], strict=True), row["reference_used"]
-        ):
-            data = images.image_bytes(cells[number], hashes[number])
-            rgb = images.decode(data, self.config.dataset.max_image_pixels)
-            made.append(base_picture(rgb, np.asarray(points, np.float64).reshape(-1, 2)))
-        return tuple(made)
 
     def _control(self, row: Row) -> np.ndarray | None:
         from ipvg_ray.models import pose
@@ -360,21 +343,37 @@ class FirstFrameStage(Stage):
         return picture, count
 
 
-def person(row: Row, base_pictures: tuple[np.ndarray, ...] = ()) -> Identity:
+def person(row: Row, config: Config) -> Identity:
     """Whom HyperLoRA is to draw, by all reference pictures that the stage faces marks as used.
 
     Args:
-        row: with the columns of faces and matting that the stage needs.
-        base_pictures: of the same reference pictures, for a Base LoRA.
+        row: with the columns of the identity that the stage needs.
+        config: says whether a Base LoRA is made too.
 
     Raises:
-        ImageError: where an id picture cannot be read.
+        ImageError: where a picture cannot be read.
+        LandmarkError: where landmarks span no box, with a Base LoRA.
     """
     from ipvg_ray.models.painter import Identity
 
     cells = [row["id_picture"], *(row["more_id_pictures"] or ())]
     pictures = tuple(images.decode(images.image_bytes(cell)) for cell in cells)
-    return Identity(row["identity_id"], pictures, _used(row, "id_embeddings"), base_pictures)
+    base = _base_pictures(row, config.dataset.max_image_pixels) if config.first_frame.base_weight else ()
+    return Identity(row["identity_id"], pictures, _used(row, "id_embeddings"), base)
+
+
+def _base_pictures(row: Row, max_pixels: int) -> tuple[np.ndarray, ...]:
+    """The used reference pictures with their faces blurred out, for a Base LoRA."""
+    from ipvg_ray.models.base_picture import base_picture
+
+    cells = [row["image"], *(row["more_images"] or ())]
+    hashes = [row["image_sha256"], *(row["more_images_sha256"] or ())]
+    made = []
+    known = zip(row["reference_numbers"], row["reference_landmarks"], strict=True)
+    for number, points in compress(known, row["reference_used"]):
+        rgb = images.decode(images.image_bytes(cells[number], hashes[number]), max_pixels)
+        made.append(base_picture(rgb, np.asarray(points, np.float64).reshape(-1, 2)))
+    return tuple(made)
 
 
 def _used(row: Row, column: str) -> np.ndarray:
