@@ -97,6 +97,17 @@ def test_the_adapter_is_hyperloras_of_all_pictures(stage):
         torch.testing.assert_close(made[name].up, pair.up, atol=1e-6, rtol=0)
 
 
+def test_id_pictures_can_be_shown_in_grey(models, monkeypatch):
+    """All of them, as released: by luma, and nothing else of the row."""
+    stage, shown = started(models, monkeypatch, grayscale=True), []
+    look = stage._painter.clip.penultimate
+    monkeypatch.setattr(stage._painter.clip, "penultimate", lambda rgb: shown.append(rgb) or look(rgb))
+    stage.process([seen_on(1, 2)])
+    assert len(shown) == 2
+    for grey, number in zip(shown, (1, 2), strict=True):
+        assert np.abs(grey - (face(number) @ (0.299, 0.587, 0.114))[..., None]).max() <= 1
+
+
 def test_a_further_id_picture_that_cannot_be_read_fails_its_row_alone(stage):
     broken = seen_on(1, 2, more_id_pictures=[{"bytes": b"not a picture", "path": None}])
     failed, drawn = stage.process([broken, seen_on(3, identity="other")])

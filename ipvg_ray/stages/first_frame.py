@@ -358,6 +358,8 @@ def person(row: Row, config: Config) -> Identity:
 
     cells = [row["id_picture"], *(row["more_id_pictures"] or ())]
     pictures = tuple(images.decode(images.image_bytes(cell)) for cell in cells)
+    if config.first_frame.grayscale:
+        pictures = tuple(images.grey(picture) for picture in pictures)
     base = _base_pictures(row, config.dataset.max_image_pixels) if config.first_frame.base_weight else ()
     return Identity(row["identity_id"], pictures, _used(row, "id_embeddings"), base)
 
