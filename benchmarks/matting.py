@@ -37,12 +37,15 @@ def rows(pictures: int, side: int) -> list[Row]:
     for seed in range(pictures):
         person = draw(seed, "leaves", side)
         picture = images.encode(person.rgb, "jpeg")
+        points = (landmarks_106() - 0.5) * side * 0.3 + (side * 0.5, side * 0.35)
         made.append(
             {
                 "image": picture,
                 "image_sha256": hashlib.sha256(picture["bytes"]).hexdigest(),
-                "face_box": list(person.face_box),
-                "landmarks_106": ((landmarks_106() - 0.5) * side * 0.3 + (side * 0.5, side * 0.35)).ravel().tolist(),
+                "reference_numbers": [0],
+                "reference_used": [True],
+                "reference_boxes": [list(person.face_box)],
+                "reference_landmarks": [points.ravel().tolist()],
             }
         )
     return made

@@ -34,7 +34,9 @@ def export(
     from ipvg_ray.models.hyperlora import TRIGGER_WORDS
 
     settings = config.load(profile or config.default_profile(), file=file, overrides=overrides)
-    rank = export_lora(settings, pictures, target, name or target.stem, device)
-    out.print(escape(f"{target}: LoRA of rank {rank} from {len(pictures)} pictures"))
+    made = export_lora(settings, pictures, target, name or target.stem, device)
+    for sentence in made.left_out:
+        out.print(escape(f"left out: {sentence}"))
+    out.print(escape(f"{target}: LoRA of rank {made.rank} from {made.used} of {len(pictures)} pictures"))
     out.print(f"load it with weight {settings.first_frame.weight:g} and begin prompts with: {TRIGGER_WORDS}")
     return EXIT_OK

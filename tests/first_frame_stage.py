@@ -69,8 +69,10 @@ def row(identity: int = 1, prompt: int = 1, **changes: object) -> dict[str, Any]
         "prompt_id": f"prompt{prompt}",
         "seed": 100 * identity + prompt,
         "id_picture": images.encode(face(identity)),
-        "id_embedding": embedding(identity).tolist(),
-        "embedding": embedding(1000 + identity).tolist(),
+        "more_id_pictures": None,
+        "id_embeddings": [embedding(identity).tolist()],
+        "embeddings": [embedding(1000 + identity).tolist()],
+        "reference_used": [True],
         "image_prompt": f"fcsks fxhks fhyks, {texts[prompt]}",
         **changes,
     }

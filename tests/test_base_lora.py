@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from first_frame_stage import picture, row, started
+from PIL import Image, ImageDraw, ImageFilter
 from sdxl_minis import add_base, face, make_minis
 
 from ipvg_ray.media import images
 from ipvg_ray.models.base_picture import base_picture
-from ipvg_ray.models.matting import landmark_box, landmark_mask
+from ipvg_ray.models.matting import FACE_POLYGON, LandmarkError, landmark_box, landmark_mask
 from ipvg_ray.models.mini import hyperlora as mini_hyperlora
 from ipvg_ray.models.mini.face_template import landmarks_106
 from ipvg_ray.pipeline.stage import RowError
@@ -36,7 +37,8 @@ def landmarks(side: int = 300) -> np.ndarray:
 def with_picture(number: int, **changes: object) -> dict[str, Any]:
     whole = images.encode(face(number, side=300))
     digest = hashlib.sha256(whole["bytes"]).hexdigest()
-    columns = {"image": whole, "image_sha256": digest, "landmarks_106": landmarks().ravel().tolist()}
+    columns = {"image": whole, "image_sha256": digest, "more_images": None, "more_images_sha256": None}
+    columns |= {"reference_numbers": [0], "reference_landmarks": [landmarks().ravel().tolist()]}
     return row(1, **(columns | changes))
 
 
@@ -44,16 +46,45 @@ def test_the_face_is_blurred_out_and_the_rest_is_not():
     rgb = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
     made = base_picture(rgb, landmarks())
     x, y, half = landmark_box(landmarks())
-    assert made.shape == (round(4 * half), round(4 * half), 3)
-    left, top = round(x - 2 * half), round(y - 2 * half)
-    inside = landmark_mask(rgb.shape, landmarks(), 1.4)
-    height, width = (min(size, 300 - start) for size, start in zip(made.shape[:2], (top, left), strict=True))
-    assert left >= 0 <= top
-    share, seen, kept = inside[top : top + height, left : left + width], made[:height, :width], rgb[top:, left:]
-    kept = kept[:height, :width]
+    left, top, side = round(x - half), round(y - half), round(2 * half)
+    assert made.shape == (side, side, 3)
+    inside = slice(top, top + side), slice(left, left + side)
+    share, seen, kept = landmark_mask(rgb.shape, landmarks(), 1.4)[inside], made, rgb[inside]
     assert (share > 0.99).any()
     assert seen[share > 0.99].std() < 10 < kept[share > 0.99].std()
     assert np.array_equal(seen[share == 0], kept[share == 0])
+
+
+def test_the_released_codes_numbers():
+    """Worked out here with Pillow, as that code has it: half edge 0.8, blurs of 45 and 15 at 512, polygon times 1.4."""
+    rgb = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    rgb = np.kron(rgb, np.ones((10, 10, 1), np.uint8))
+    points = landmarks(400)
+    polygon = points[list(FACE_POLYGON)]
+    centre, edge = polygon.mean(axis=0), np.ptp(polygon, axis=0).max()
+    left, top, side = *np.round(centre - 0.8 * edge).astype(int).tolist(), round(1.6 * edge)
+    mask = Image.new("L", (400, 400))
+    ImageDraw.Draw(mask).polygon([tuple(p) for p in (polygon - centre) * 1.4 + centre], fill=255)
+    square = (left, top, left + side, top + side)
+    face = Image.fromarray(rgb).crop(square).resize((512, 512)).filter(ImageFilter.GaussianBlur(45))
+    soft = mask.crop(square).resize((512, 512)).filter(ImageFilter.GaussianBlur(15)).resize((side, side))
+    whole = Image.fromarray(rgb)
+    whole.paste(face.resize((side, side)), (left, top), soft)
+    x, y, half = landmark_box(points)
+    expected = whole.crop(tuple(round(v) for v in (x - half, y - half, x + half, y + half)))
+    made = base_picture(rgb, points).astype(int)
+    assert np.abs(made - np.asarray(expected)).mean() < 2
+    assert np.abs(made - np.asarray(Image.fromarray(rgb).crop(square).resize(expected.size))).mean() > 20
+
+
+def test_a_base_picture_ends_at_the_pictures_edges():
+    rgb = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
+    x, _, half = landmark_box(landmarks() - (120, 0))
+    assert x - half < 0
+    made = base_picture(rgb, landmarks() - (120, 0))
+    assert made.shape == (round(2 * half), round(x - half) + round(2 * half), 3)
+    with pytest.raises(LandmarkError, match="outside of the picture"):
+        base_picture(rgb, landmarks() - (600, 0))
 
 
 def test_the_base_lora_takes_the_rest_of_the_picture_in(models, monkeypatch):
@@ -69,9 +100,28 @@ def test_the_base_lora_takes_the_rest_of_the_picture_in(models, monkeypatch):
 
 def test_its_needs_and_failures(models, monkeypatch):
     stage = started(models, monkeypatch, hyperlora="with-base", base_weight=0.5)
-    assert {"image", "image_sha256", "landmarks_106"} <= set(stage.needs)
-    changed, flat = with_picture(1, image_sha256="0" * 64), with_picture(1, landmarks_106=[5.0] * 212)
+    assert {"image", "more_images", "reference_landmarks"} <= set(stage.needs)
+    changed, flat = with_picture(1, image_sha256="0" * 64), with_picture(1, reference_landmarks=[[5.0] * 212])
     results = stage.process([changed, flat])
     assert [r.kind for r in results if isinstance(r, RowError)] == ["image_changed", "bad_landmarks"]
     with pytest.raises(ValueError, match="base_weight is above 0"):
         started(models, monkeypatch, base_weight=0.5)
+
+
+def test_base_pictures_of_all_used_references_are_read(models, monkeypatch):
+    """The mean of what each gives; a picture that is not used is not opened."""
+    one, other = with_picture(1), with_picture(2)
+    both = {"reference_numbers": [0, 2], "reference_landmarks": one["reference_landmarks"] * 2}
+    both |= {"more_images": [{"bytes": b"never read", "path": None}, other["image"]]}
+    both |= {"more_images_sha256": ["0" * 64, other["image_sha256"]]}
+    both |= {"id_embeddings": one["id_embeddings"] * 2, "embeddings": one["embeddings"] * 2}
+    stage = started(models, monkeypatch, hyperlora="with-base", base_weight=0.85)
+
+    def drawn(name: str, **changes: Any) -> np.ndarray:
+        return picture(stage.process([with_picture(1, identity_id=name, **changes)])[0]).astype(int)
+
+    alone = drawn("alone")
+    used = drawn("both", **both, reference_used=[True, True], more_id_pictures=[one["id_picture"]])
+    unused = drawn("one", **both, reference_used=[True, False])
+    assert np.abs(alone - used).mean() > 0.1
+    assert np.array_equal(alone, unused)

@@ -8,7 +8,7 @@ import pytest
 from face_pictures import ASTRONAUT, astronaut
 
 from ipvg_ray.models import face_quality
-from ipvg_ray.models.face_quality import Pose, Quality, flaws, odd_ones, pose, quality, sharpness, spread
+from ipvg_ray.models.face_quality import Pose, Quality, flaws, odd_ones, pose, quality, sharpness, spread, used_ones
 
 
 def turned(yaw: float, pitch: float, roll: float) -> np.ndarray:
@@ -110,3 +110,13 @@ def test_spread_and_the_odd_one_out() -> None:
     assert odd_ones(pair, 0.3) == [0, 1], "nothing tells which of two is right"
     assert odd_ones(same[:1], 0.3) == []
     assert spread(same[:1]) is None
+
+
+def test_which_pictures_are_used() -> None:
+    assert used_ones(1, [], 4) == [True]
+    assert used_ones(4, [], 4) == [True] * 4
+    assert used_ones(4, [], 2) == [True, True, False, False]
+    assert used_ones(4, [2], 4) == [True, True, False, True]
+    assert used_ones(4, [1], 2) == [True, False, True, False], "the odd one takes no place"
+    assert used_ones(2, [0, 1], 4) == [True, False], "of two that disagree the first stands"
+    assert used_ones(3, [0], 4) == [True, False, False], "the others agree, but show someone else than the first"

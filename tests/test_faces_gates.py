@@ -90,19 +90,32 @@ def test_several_references_of_one_identity(stage: FacesStage) -> None:
     smaller = np.asarray(Image.fromarray(portrait()).resize((400, 400)))
     alone, other = done(stage, row_of(portrait())), done(stage, row_of(smaller))
     both = done(stage, row_of(portrait(), smaller))
-    shared = set(alone) - {"embeddings", "id_embeddings", "reference_numbers", "reference_spread"}
+    lists = {"reference_numbers", "reference_boxes", "reference_landmarks", "reference_used"}
+    shared = set(alone) - {"embeddings", "id_embeddings", "reference_spread", *lists}
     assert {name: both[name] for name in shared} == {name: alone[name] for name in shared}, "the first makes the row"
     assert both["embeddings"] == [alone["embedding"], other["embedding"]]
     assert both["id_embeddings"] == [alone["id_embedding"], other["id_embedding"]]
     assert both["reference_numbers"] == [0, 1]
+    assert both["reference_boxes"] == [alone["face_box"], other["face_box"]]
+    assert both["reference_landmarks"] == [alone["landmarks_106"], other["landmarks_106"]]
+    assert (alone["reference_used"], both["reference_used"]) == ([True], [True, True])
     assert both["reference_spread"] == pytest.approx(1 - np.dot(alone["embedding"], other["embedding"]), abs=1e-6)
     assert (alone["embeddings"], alone["reference_spread"]) == ([alone["embedding"]], None)
+
+
+def test_only_the_first_references_are_used(packs: Path) -> None:
+    one = done(
+        make_stage(packs, used_references=1), row_of(portrait(), np.ascontiguousarray(astronaut()[20:220, 120:320]))
+    )
+    assert one["reference_used"] == [True, False]
+    assert len(one["embeddings"]) == 2
 
 
 def test_an_unusable_further_reference_is_noted(stage: FacesStage) -> None:
     nothing, blurred = np.zeros((64, 64, 3), np.uint8), cv2.GaussianBlur(portrait(), (0, 0), 2)
     result = done(stage, row_of(portrait(), nothing, portrait()))
     assert result["reference_numbers"] == [0, 2]
+    assert result["reference_used"] == [True, True]
     (note,) = result["reference_notes"]
     assert note.startswith("reference 1: no_face")
     strict = gated(stage, blurred={"action": "refuse"})
@@ -119,8 +132,12 @@ def test_an_odd_one_out_is_flagged_or_refused(stage: FacesStage) -> None:
     assert result["reference_numbers"] == [0, 1, 2]
     assert result["odd_references"] == [1], np.array(result["embeddings"]) @ np.array(result["embeddings"]).T
     assert result["flaws"] == ["odd_one_out"]
+    assert result["reference_used"] == [True, False, True]
+    others_agree = done(gated(stage, odd_one_out=gate), row_of(someone, portrait(), closer))
+    assert others_agree["odd_references"] == [0]
+    assert others_agree["reference_used"] == [True, False, False], "the first stands for the identity"
     error = refused(gated(stage, odd_one_out={**gate, "action": "refuse"}), row)
     assert error.kind == "odd_reference"
     assert "pictures 1 " in error.message
     off = done(gated(stage, odd_one_out={**gate, "action": "off"}), row)
-    assert (off["odd_references"], off["flaws"]) == ([], [])
+    assert (off["odd_references"], off["flaws"], off["reference_used"]) == ([], [], [True] * 3)

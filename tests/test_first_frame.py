@@ -93,7 +93,7 @@ def test_threads_share_batches(models, monkeypatch):
     [
         {"seed": 7},
         {"image_prompt": "fcsks fxhks fhyks, a man"},
-        {"identity_id": "x", "id_embedding": embedding(9).tolist()},
+        {"identity_id": "x", "id_embeddings": [embedding(9).tolist()]},
         {"identity_id": "x", "id_picture": images.encode(face(9))},
     ],
 )
@@ -158,7 +158,7 @@ def test_a_checkpoint_of_one_encoder_is_asked_with_that_alone(models, monkeypatc
     monkeypatch.setattr(
         stage._painter.clip, "penultimate", lambda p: looks.append(1) or torch.ones(1, 17, 32) * p.mean()
     )
-    changes = {"id_embedding": embedding(9).tolist()}, {"id_picture": images.encode(face(9))}
+    changes = {"id_embeddings": [embedding(9).tolist()]}, {"id_picture": images.encode(face(9))}
     base, other_face, other_picture = (
         stage.process([row(identity_id=str(n), **change)])[0] for n, change in enumerate(({}, *changes))
     )
@@ -204,7 +204,8 @@ def test_what_the_model_raises_is_raised_for_the_engine_to_take_the_batch_apart(
 
 def test_the_contract(models):
     stage = FirstFrameStage(config.load("cpu-mini", values={"models": {"root": str(models)}}))
-    assert (stage.grain, stage.needs) == ("sample", ("id_picture", "id_embedding", "embedding", "image_prompt"))
+    of_identity = {"id_picture", "more_id_pictures", "id_embeddings", "embeddings", "reference_used"}
+    assert (stage.grain, set(stage.needs)) == ("sample", {*of_identity, "image_prompt"})
     assert stage.models().keys() == {"checkpoint", "checkpoint_config", "hyperlora", "clip_vision", "pack"}
     assert all(path.exists() for field, path in stage.models().items() if field != "pack")
     assert not set(stage.models()) & set(stage.fingerprint_settings())

@@ -17,10 +17,10 @@ from sdxl_minis import embedding, make_minis, words
 
 from ipvg_ray import config
 from ipvg_ray.config import ConfigError
-from ipvg_ray.media import images
+from ipvg_ray.media import images, provenance
 from ipvg_ray.models.faces import Face
 from ipvg_ray.models.mini import sdxl as mini_sdxl
-from ipvg_ray.models.safety import SafetyError
+from ipvg_ray.models.safety import SafetyCheck, SafetyError
 from ipvg_ray.models.sdxl_load import SdxlError
 from ipvg_ray.pipeline.stage import RowError, derived_seed
 from ipvg_ray.stages.first_frame import FirstFrameStage
@@ -160,6 +160,10 @@ def test_why_no_face_was_drawn_anew(stage_with, boxes, enabled, expected):
 # -- safety and marks --------------------------------------------------------------------------------------------------
 
 
+PROCESSOR = {"do_resize": True, "size": {"height": 32, "width": 32}, "do_normalize": True, "do_rescale": True}
+PROCESSOR |= {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
 @pytest.fixture
 def classifier(models: Path) -> str:
     """A miniature ViT with the labels of a published NSFW classifier."""
@@ -171,9 +175,7 @@ def classifier(models: Path) -> str:
     settings = ViTConfig(**sizes, image_size=32, patch_size=16, id2label=labels, label2id={"normal": 0, "nsfw": 1})
     model = ViTForImageClassification(settings)
     model.save_pretrained(models / "mini-nsfw")
-    processor = {"do_resize": True, "size": {"height": 32, "width": 32}, "do_normalize": True, "do_rescale": True}
-    processor |= {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (models / "mini-nsfw" / "preprocessor_config.json").write_text(json.dumps(processor))
+    (models / "mini-nsfw" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     return "mini-nsfw"
 
 
@@ -201,17 +203,38 @@ def test_the_labels_of_the_safety_model_are_checked(stage_with, classifier, mode
         stage_with(safety_model="empty")
 
 
+def test_the_safety_score_is_what_all_unsafe_labels_share(models):
+    """A classifier that gives every picture the same known probabilities."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    names, shares = ("normal", "porn", "Hentai", "drawing"), torch.tensor([0.5, 0.2, 0.1, 0.2])
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: n for n, name in enumerate(names)}}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=16, **labels))
+    torch.nn.init.zeros_(model.classifier.weight)
+    model.classifier.bias.data = shares.log()
+    model.save_pretrained(models / "four-labels")
+    (models / "four-labels/preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    pictures = [np.zeros((40, 60, 3), np.uint8), np.full((50, 30, 3), 200, np.uint8)]
+    for unsafe, expected in ((("PORN",), 0.2), (("porn", "hentai", "nsfw"), 0.3), (names, 1.0)):
+        scores = SafetyCheck.load(models / "four-labels", unsafe).scores(pictures)
+        assert scores == pytest.approx([expected] * 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
 @pytest.mark.parametrize("mark", [True, False])
-def test_pictures_say_which_row_of_which_run_they_are(stage_with, mark):
-    (result,) = stage_with(mark=mark).process([row(1, 2)])
-    with Image.open(io.BytesIO(result["first_frame"]["bytes"])) as image:
-        image.load()
-        words = image.text.get("Description", "")
-    if mark:
-        assert words.startswith("AI-generated, synthetic")
-        assert words.endswith("in run run-7, row id001/prompt2, seed 102")
-    else:
-        assert not words
+def test_pictures_say_which_row_of_which_run_they_are(stage_with, mark, kind):
+    """The frame and the enhanced reference, to people and to machines."""
+    enhance = {"enhance": "hyperlora", "width": 64, "height": 64}
+    (result,) = stage_with(mark=mark, format=kind, reference=enhance).process([row(1, 2, reference_prompt=None)])
+    for column, seed in (("first_frame", 102), ("reference_picture", derived_seed(102, "reference"))):
+        with Image.open(io.BytesIO(result[column]["bytes"])) as image:
+            image.load()
+            words = image.text.get("Description", "") if kind == "png" else image.getexif().get(0x010E, "")
+            xmp = image.info.get("xmp", b"")
+        assert words.startswith("AI-generated, synthetic") == mark
+        assert words.endswith(f"in run run-7, row id001/prompt2, seed {seed}") == mark
+        assert (provenance.SYNTHETIC.encode() in xmp) == mark
 
 
 # -- reference pictures ------------------------------------------------------------------------------------------------

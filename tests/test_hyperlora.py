@@ -123,6 +123,36 @@ def test_several_reference_pictures_are_averaged(golden):
     torch.testing.assert_close(mixed.norm(dim=-1), torch.ones(1, 24), atol=1e-4, rtol=0)
 
 
+@pytest.mark.shared
+@pytest.mark.parametrize("pictures", [2, 3])
+def test_the_mean_is_taken_before_tokens_are_brought_to_length_one(golden, pictures):
+    """What the projection gives for each picture alone, fused here by the published rule."""
+    model = HyperLora.load(golden)
+    generator = torch.Generator().manual_seed(pictures)
+    embeds = torch.nn.functional.normalize(torch.randn(pictures, 512, generator=generator), dim=-1)
+    features = torch.randn(pictures, 17, 32, generator=generator)
+    given: list[torch.Tensor] = []
+    hook = model.resampler.proj_out.register_forward_hook(lambda _, __, tokens: given.append(tokens))
+    for i in range(pictures):
+        model.tokens(embeds[i : i + 1], features[i : i + 1])
+    hook.remove()
+    mean = torch.cat(given).mean(0)
+    expected = mean / (mean.square().sum(-1, keepdim=True) + 1e-8).sqrt()
+    torch.testing.assert_close(model.tokens(embeds, features)[0], expected, atol=1e-5, rtol=0)
+    each = [tokens / tokens.norm(dim=-1, keepdim=True) for tokens in given]
+    after = torch.nn.functional.normalize(torch.cat(each).mean(0), dim=-1)
+    assert (after - expected).abs().max() > 1e-3, "the order of mean and length matters"
+
+
+@pytest.mark.shared
+def test_embeddings_and_features_of_different_pictures_are_refused(golden):
+    model = HyperLora.load(golden)
+    embeds, features = golden_input(golden)
+    for one, other in ((1, 2), (2, 1), (2, 3)):
+        with pytest.raises(HyperLoraError, match=f"{one} pictures, CLIP features of {other}"):
+            model.tokens(embeds.repeat(one, 1), features.repeat(other, 1, 1))
+
+
 # -- the Base LoRA -----------------------------------------------------------------------------------------------------
 
 

@@ -43,9 +43,14 @@ def unet(pipeline) -> nn.Module:
 
 
 def adapters(hyper: HyperLora, count: int) -> list[dict[str, LoraPair]]:
-    generator = torch.Generator().manual_seed(0)
-    features = torch.randn(count, 17, 32, generator=generator)
-    return [hyper.lora(hyper.tokens(embedding(i)[None], features[i : i + 1])) for i in range(count)]
+    return [adapter(hyper, i) for i in range(count)]
+
+
+def adapter(hyper: HyperLora, identity: int, pictures: int = 1) -> dict[str, LoraPair]:
+    generator = torch.Generator().manual_seed(identity)
+    features = torch.randn(pictures, 17, 32, generator=generator)
+    embeds = torch.stack([embedding(identity + 100 * i) for i in range(pictures)])
+    return hyper.lora(hyper.tokens(embeds, features))
 
 
 def fused(unet: nn.Module, paths: dict[str, str], adapter: dict[str, LoraPair], scale: float) -> nn.Module:
@@ -125,6 +130,16 @@ def test_a_mixed_batch_equals_the_fused_weights_sample_by_sample(unet, hyper, sa
     with PerSampleLora(unet, hyper.paths).applied(made, SCALE):
         torch.testing.assert_close(unet(**batch).sample, expected, atol=1e-4, rtol=0)
     assert torch.equal(unet(**batch).sample, plain)
+
+
+@torch.no_grad()
+def test_identities_of_one_two_and_three_pictures_share_a_batch(unet, hyper):
+    made, batch = [adapter(hyper, 5, pictures) for pictures in (1, 2, 3)], inputs(unet, 3)
+    expected = [fused(unet, hyper.paths, made[i], SCALE)(**pick(batch, [i])).sample for i in range(3)]
+    alone = fused(unet, hyper.paths, made[0], SCALE)(**pick(batch, [1])).sample
+    assert (alone - expected[1]).abs().max() > 0.01, "the second picture is heard"
+    with PerSampleLora(unet, hyper.paths).applied(made, SCALE):
+        torch.testing.assert_close(unet(**batch).sample, torch.cat(expected), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("samples", [1, 3, 8])

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import skimage.data
 import skimage.measure
@@ -30,14 +31,21 @@ def png(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+BOX = [75.0, 60.0, 180.0, 180.0]
+
+
 def row(identity: str = "id001", data: bytes | None = None, **changes: object) -> dict:
     data = png(skimage.data.astronaut()[:300, 100:400]) if data is None else data
     return {
         "identity_id": identity,
         "image": {"bytes": data, "path": None},
         "image_sha256": hashlib.sha256(data).hexdigest(),
-        "face_box": [75.0, 60.0, 180.0, 180.0],
-        "landmarks_106": LANDMARKS.ravel().tolist(),
+        "more_images": None,
+        "more_images_sha256": None,
+        "reference_numbers": [0],
+        "reference_used": [True],
+        "reference_boxes": [BOX],
+        "reference_landmarks": [LANDMARKS.ravel().tolist()],
         "seed": 1,
         **changes,
     }
@@ -138,11 +146,46 @@ class TestStage:
         coarse = images.shrunk(np.round(person.coarse(size[0] / 60) * 255).astype(np.uint8), seen) / np.float32(255)
         monkeypatch.setattr(type(stage._network), "run", lambda _, batch: np.stack([coarse] * len(batch)))
         box = list(person.face_box)
-        (result,) = stage.process([row(data=png(person.rgb), face_box=box)])
+        (result,) = stage.process([row(data=png(person.rgb), reference_boxes=[box])])
         error = np.abs(decoded(result["matte"]) / 255 - person.alpha).mean()
         unrefined = started(models, feather=0.0, refine=False)
-        (rough,) = unrefined.process([row(data=png(person.rgb), face_box=box)])
+        (rough,) = unrefined.process([row(data=png(person.rgb), reference_boxes=[box])])
         assert error <= 0.5 * np.abs(decoded(rough["matte"]) / 255 - person.alpha).mean()
+
+    @pytest.mark.parametrize("method", ["hrnet", "landmarks"])
+    def test_further_pictures_give_an_id_picture_each(self, models, method):
+        """Each as if it were an identity's only one; what is not used is not even read."""
+        stage = started(models, method=method, network_batch=2)
+        other, third = png(skimage.data.astronaut()[:200, :333]), png(skimage.data.astronaut()[:280, 90:400])
+        elsewhere, near = (LANDMARKS + 5).ravel().tolist(), [60.0, 50.0, 190.0, 190.0]
+        alone = row("a")
+        several = row(
+            "b",
+            more_images=[{"bytes": data, "path": None} for data in (b"no picture", other, third)],
+            more_images_sha256=[hashlib.sha256(data).hexdigest() for data in (b"other bytes", other, third)],
+            reference_numbers=[0, 2, 3],
+            reference_used=[True, False, True],
+            reference_boxes=[BOX, BOX, near],
+            reference_landmarks=[LANDMARKS.ravel().tolist(), LANDMARKS.ravel().tolist(), elsewhere],
+        )
+        single, many, after = stage.process([alone, several, alone])
+        assert single == after
+        assert single["more_id_pictures"] is None
+        assert {**many, "more_id_pictures": None} == single
+        (expected,) = stage.process([row(data=third, reference_boxes=[near], reference_landmarks=[elsewhere])])
+        assert many["more_id_pictures"] == [expected["id_picture"]]
+        stored = pa.Table.from_pylist([single, many], schema=MattingStage.table().schema)
+        assert [len(r["more_id_pictures"] or ()) for r in stored.to_pylist()] == [0, 1]
+
+    def test_a_further_picture_that_has_changed_fails_its_identity(self, models):
+        stage = started(models, method="landmarks")
+        two = {"reference_numbers": [0, 1], "reference_used": [True, True], "reference_boxes": [BOX, BOX]}
+        two |= {"reference_landmarks": [LANDMARKS.ravel().tolist()] * 2, "more_images_sha256": ["0" * 64]}
+        failed, fine = stage.process([row(more_images=[row()["image"]], **two), row()])
+        assert isinstance(failed, RowError)
+        assert failed.kind == "image_changed"
+        assert failed.message.startswith("reference picture 1 (0 is the first): ")
+        assert isinstance(fine, dict)
 
     def test_without_cutout(self, models):
         (result,) = started(models, method="none", cutout=False).process([row()])
@@ -154,7 +197,7 @@ class TestStage:
     def test_failures_are_the_rows_own(self, models):
         stage = started(models, method="landmarks")
         broken, changed = row(data=b"no picture"), row(image_sha256="0" * 64)
-        flat = row(landmarks_106=[1.0] * 212)
+        flat = row(reference_landmarks=[[1.0] * 212])
         results = stage.process([broken, row(), changed, flat])
         kinds = [result.kind if isinstance(result, RowError) else "ok" for result in results]
         assert kinds == ["broken_image", "ok", "image_changed", "bad_landmarks"]

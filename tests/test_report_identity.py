@@ -49,13 +49,14 @@ def test_gates_say_what_passed_and_what_did_not(fake: FakeRun) -> None:
 
 
 def test_further_references_are_shown_with_what_became_of_them(fake: FakeRun) -> None:
-    cells = [images.encode(colour_picture(name)) for name in ("one", "two", "three")]
+    cells = [images.encode(colour_picture(name)) for name in ("one", "two", "three", "four")]
     hashes = [hashlib.sha256(cell["bytes"]).hexdigest() for cell in cells]
     fake.identity("eve", more_images=cells, more_images_sha256=hashes)
     fake.people(
         "eve",
-        embeddings=[[0] * 512] * 3,
-        reference_numbers=[0, 1, 3],
+        embeddings=[[0] * 512] * 4,
+        reference_numbers=[0, 1, 3, 4],
+        reference_used=[True, True, False, False],
         odd_references=[3],
         reference_notes=["reference 2: no_face: no <b>face</b>"],
         reference_spread=0.41,
@@ -69,10 +70,11 @@ def test_further_references_are_shown_with_what_became_of_them(fake: FakeRun) ->
         "Reference 1, of eve",
         "Reference 2, unused, of eve",
         "Reference 3, odd, of eve",
+        "Reference 4, unused, of eve",
     ]
     assert html.count('<figure class="odd">') == 1
     assert "reference 2: no_face: no &lt;b&gt;face&lt;/b&gt;" in html
-    assert "3 references, spread 0.41" in html
+    assert "4 references, spread 0.41" in html
     assert '<span class="badge badge-fallback">odd one out</span>' in html
 
 

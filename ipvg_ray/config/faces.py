@@ -55,7 +55,8 @@ class FacesConfig(StageSection):
     """`pack` scores and describes; `id_pack` makes the embedding that HyperLoRA was trained on.
 
     `det_sizes` are tried in order until a face is found; 224 alone is quick and enough for portraits. `onnx_provider`
-    says what onnxruntime runs on: `auto` is CUDA where a worker is given a GPU, else the CPU.
+    says what onnxruntime runs on: `auto` is CUDA where a worker is given a GPU, else the CPU. Of several pictures of an
+    identity the first `used_references` that pass the gates make its first frames; 1 takes the first picture alone.
     """
 
     pack: str = "insightface/models/buffalo_l"
@@ -63,6 +64,7 @@ class FacesConfig(StageSection):
     det_sizes: tuple[int, ...] = (640, 512, 384, 256)
     det_threshold: Unit = 0.5
     choose: Literal["largest", "centre", "confident", "error"] = "largest"
+    used_references: int = Field(4, ge=1)
     gates: FaceGates = FaceGates()
     onnx_provider: Literal["auto", "tensorrt", "cuda", "cpu"] = "auto"
 

@@ -92,6 +92,7 @@ class FirstFrameConfig(StageSection):
     safety_model: str | None = None
     weight: float = 0.85
     base_weight: float = 0.0
+    grayscale: bool = False
     width: int = Field(832, ge=64)
     height: int = Field(480, ge=64)
     steps: int = Field(20, ge=1)

@@ -179,6 +179,11 @@ def resized(array: np.ndarray, width: int, height: int) -> np.ndarray:
     return np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.LANCZOS))
 
 
+def grey(rgb: np.ndarray) -> np.ndarray:
+    """The same picture without colour: uint8 RGB (H, W, 3), all channels the luma of ITU-R BT.601."""
+    return np.asarray(Image.fromarray(rgb).convert("L").convert("RGB"))
+
+
 def encode(
     array: np.ndarray, kind: str = "png", quality: int = 95, metadata: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -153,6 +153,22 @@ def odd_ones(embeddings: np.ndarray, least: float) -> list[int]:
     """
     agree = (_cosines(embeddings) >= least).sum(axis=1) - 1
     return np.flatnonzero(agree < (len(embeddings) - 1) / 2).tolist()
+
+
+def used_ones(count: int, odd: Collection[int], most: int) -> list[bool]:
+    """For each picture of an identity whether its first frames are made from it: whether it shows the first's person.
+
+    The first stands for the identity, so it is used always, and alone where it is odd itself: then the others show
+    someone else, or nobody can tell whom.
+
+    Args:
+        count: how many pictures there are, at least 1.
+        odd: places of those that `odd_ones` names.
+        most: how many may be used, at least 1; the first ones are.
+    """
+    fitting = [0] if 0 in odd else [place for place in range(count) if place not in odd]
+    chosen = set(fitting[:most])
+    return [place in chosen for place in range(count)]
 
 
 def _cosines(embeddings: np.ndarray) -> np.ndarray:

@@ -110,7 +110,7 @@ class HyperLora(nn.Module):
 
     @torch.no_grad()
     def tokens(self, id_embeds: torch.Tensor | None, clip_hidden_states: torch.Tensor | None) -> torch.Tensor:
-        """The tokens of one identity from n reference pictures.
+        """The tokens of one identity from n reference pictures: the mean of what each gives, at length 1.
 
         Args:
             id_embeds: ArcFace embeddings, (n, 512), each of length 1; not read where the checkpoint uses CLIP alone.
@@ -121,7 +121,8 @@ class HyperLora(nn.Module):
             (1, 8·modules, hyper_dim), each token of length 1.
 
         Raises:
-            HyperLoraError: where an input is missing or has another width.
+            HyperLoraError: where an input is missing or has another width, or the two are of different numbers of
+                pictures.
         """
         latents = self.resampler.latents
         conditions = []
@@ -130,6 +131,9 @@ class HyperLora(nn.Module):
             conditions.append(self.id_projector(embeds.to(latents)))
         if self.clip_width is not None:
             conditions.append(_fitting(clip_hidden_states, 3, self.clip_width, "CLIP features").to(latents))
+        counts = [len(condition) for condition in conditions]
+        if min(counts) != max(counts):  # attention would repeat a single one for all
+            raise HyperLoraError(f"given: ArcFace embeddings of {counts[0]} pictures, CLIP features of {counts[1]}")
         result: torch.Tensor = self.resampler(*conditions)
         return result
 

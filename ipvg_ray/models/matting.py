@@ -68,11 +68,28 @@ def face_polygon(landmarks: np.ndarray, scale: float = 1.0) -> np.ndarray:
     return centre + scale * (points - centre)
 
 
+def face_square(landmarks: np.ndarray) -> tuple[float, float, float]:
+    """The square in which a face is masked: centre x, centre y and half edge, as `crop_square` takes them.
+
+    Its centre is the mean of `face_polygon`, its half edge 0.8 times the polygon's longer edge.
+
+    Args:
+        landmarks: (106, 2).
+
+    Raises:
+        LandmarkError: as `landmark_box`.
+    """
+    polygon = face_polygon(landmarks)
+    low, high = _extent(polygon)
+    x, y = polygon.mean(axis=0)
+    return float(x), float(y), 0.8 * float((high - low).max())
+
+
 def landmark_mask(shape: Sequence[int], landmarks: np.ndarray, scale: float = 1.0) -> np.ndarray:
     """The face polygon as a soft mask, float32 (H, W), 0 outside to 1 inside.
 
-    Drawn and blurred at 512x512 in a square around the polygon's mean with a half edge of 0.8 times the polygon's
-    longer edge, so the softness grows with the face; then brought to the picture's scale and pasted in.
+    Drawn and blurred at 512x512 in `face_square`, beyond which it is 0 whatever the scale, so the softness grows with
+    the face; then brought to the picture's scale and pasted in.
 
     Args:
         shape: of the picture; H and W are its first two numbers.
@@ -82,10 +99,8 @@ def landmark_mask(shape: Sequence[int], landmarks: np.ndarray, scale: float = 1.
     Raises:
         LandmarkError: as `landmark_box`.
     """
-    polygon = face_polygon(landmarks, scale)
-    low, high = _extent(polygon)
-    cx, cy = polygon.mean(axis=0)
-    left, top, side = _square(cx, cy, 0.8 * float((high - low).max()))
+    polygon, square = face_polygon(landmarks, scale), face_square(landmarks)
+    left, top, side = _square(*square)
     # Pixel centres: the first of `side` pixels covers the first 512/side pixels of the drawing.
     points = (polygon - (left, top) + 0.5) * (_MASK_SIDE / side) - 0.5
     mask: np.ndarray = np.zeros((_MASK_SIDE, _MASK_SIDE), np.float32)
@@ -93,7 +108,7 @@ def landmark_mask(shape: Sequence[int], landmarks: np.ndarray, scale: float = 1.
     cv2.fillPoly(mask, [np.round(points * (1 << bits)).astype(np.int32)], (1.0,), shift=bits)
     mask = cv2.GaussianBlur(mask, (0, 0), _MASK_SIGMA, borderType=cv2.BORDER_CONSTANT)
     mask = cv2.resize(mask, (side, side), interpolation=cv2.INTER_LINEAR)
-    return _paste(np.clip(mask, 0, 1), shape, left, top)
+    return paste_square(np.clip(mask, 0, 1), shape, *square)
 
 
 def crop_square(image: np.ndarray, cx: float, cy: float, half: float, fill: float = GREY) -> np.ndarray:
@@ -110,6 +125,27 @@ def crop_square(image: np.ndarray, cx: float, cy: float, half: float, fill: floa
     inside, there = _overlap(image.shape, left, top, side)
     square[there] = image[inside]
     return square
+
+
+def cut_square(image: np.ndarray, cx: float, cy: float, half: float) -> np.ndarray:
+    """What of the square of `crop_square` lies in the picture; no copy.
+
+    Raises:
+        LandmarkError: as `crop_square`, and where nothing of it does.
+    """
+    inside, _ = _overlap(image.shape, *_square(cx, cy, half))
+    if not image[inside].size:
+        raise LandmarkError("the face lies outside of the picture; detect it again")
+    return image[inside]
+
+
+def paste_square(square: np.ndarray, shape: Sequence[int], cx: float, cy: float, half: float) -> np.ndarray:
+    """A picture of that height and width, 0 all over but for a square that `crop_square` gave with the same numbers."""
+    left, top, side = _square(cx, cy, half)
+    picture = np.zeros((*shape[:2], *square.shape[2:]), dtype=square.dtype)
+    inside, there = _overlap(shape, left, top, side)
+    picture[inside] = square[there]
+    return picture
 
 
 def id_crop(rgb: np.ndarray, alpha: np.ndarray, landmarks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -176,10 +212,3 @@ def _overlap(shape: Sequence[int], left: int, top: int, side: int) -> tuple[tupl
     y0, y1 = (min(max(v, 0), height) for v in (top, top + side))
     x0, x1 = (min(max(v, 0), width) for v in (left, left + side))
     return (slice(y0, y1), slice(x0, x1)), (slice(y0 - top, y1 - top), slice(x0 - left, x1 - left))
-
-
-def _paste(square: np.ndarray, shape: Sequence[int], left: int, top: int) -> np.ndarray:
-    picture = np.zeros(tuple(shape[:2]), dtype=square.dtype)
-    inside, there = _overlap(shape, left, top, square.shape[0])
-    picture[inside] = square[there]
-    return picture

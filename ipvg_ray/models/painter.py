@@ -110,8 +110,7 @@ class Painter:
         lora = self._placed(identity_lora(self.hyperlora, self.clip, identity))
         if not self.base_weight:
             return lora
-        features = torch.cat([self.clip.penultimate(picture) for picture in identity.base_pictures])
-        base = self._placed(self.hyperlora.base_lora(self.hyperlora.base_tokens(features)))
+        base = self._placed(base_lora(self.hyperlora, self.clip, identity))
         return merged([(lora, self.weight), (base, self.base_weight)])
 
     def _placed(self, lora: Adapter) -> Adapter:
@@ -127,3 +126,13 @@ def identity_lora(hyperlora: HyperLora, clip: ClipVision, identity: Identity) ->
     if hyperlora.clip_width is not None:
         features = torch.cat([clip.penultimate(picture) for picture in identity.pictures])
     return hyperlora.lora(hyperlora.tokens(embeddings, features))
+
+
+def base_lora(hyperlora: HyperLora, clip: ClipVision, identity: Identity) -> dict[str, LoraPair]:
+    """The Base LoRA of a person, from all base pictures.
+
+    Raises:
+        HyperLoraError: where the checkpoint makes none.
+    """
+    features = torch.cat([clip.penultimate(picture) for picture in identity.base_pictures])
+    return hyperlora.base_lora(hyperlora.base_tokens(features))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 from ipvg_ray.report import facts
@@ -119,6 +120,8 @@ def _gates(face: Row) -> list[tuple[str, bool]]:
 
 def _others(given: Row, face: Row, budget: Budget) -> list[Other]:
     numbers, odd = face.get("reference_numbers"), face.get("odd_references") or ()
+    if numbers is not None and face.get("reference_used") is not None:  # not known in tables of version 2
+        numbers = list(compress(numbers, face["reference_used"]))
     pictures = list(zip(given.get("more_images") or (), given.get("more_images_sha256") or (), strict=True))
     shown = []
     for number, (cell, sha256) in enumerate(pictures[:_OTHERS], 1):

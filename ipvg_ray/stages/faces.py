@@ -41,8 +41,8 @@ class FacesStage(Stage):
     """Finds the faces with the evaluation pack, chooses one, and embeds it with both packs.
 
     Pictures are decoded, detected and embedded by as many threads as the worker was given, and on a GPU several at
-    once. The identity's first picture makes its row; further ones add their embeddings, and are left out, with a note,
-    where they cannot be used.
+    once. The identity's first picture makes its row; further ones add their embeddings, boxes and landmarks, and are
+    left out, with a note, where they cannot be used. Those that agree with the first are marked for the stages after.
 
     Failures: the kinds of `images.ImageError`; `no_face`; `several_faces` where `faces.choose` is error;
     `bad_landmarks`; `face_too_small`, `face_blurred`, `face_turned_away` and `odd_reference` where that gate refuses.
@@ -55,7 +55,7 @@ class FacesStage(Stage):
     name = "faces"
     grain = "identity"
     needs = ("image", "image_sha256", "more_images", "more_images_sha256")
-    version = 2
+    version = 3
 
     def models(self) -> Mapping[str, Path]:
         section = self.config.faces
@@ -194,16 +194,19 @@ class FacesStage(Stage):
 
     def _compared(self, usable: Mapping[int, Portrait]) -> Row:
         """The columns that hold all of an identity's pictures."""
-        from ipvg_ray.models.face_quality import odd_ones, spread
+        from ipvg_ray.models.face_quality import odd_ones, spread, used_ones
 
-        numbers, portraits = list(usable), usable.values()
+        section, numbers, portraits = self.config.faces, list(usable), usable.values()
         embeddings = np.stack([_normed(p.face) for p in portraits])
-        gate = self.config.faces.gates.odd_one_out
+        gate = section.gates.odd_one_out
         odd = odd_ones(embeddings, gate.cosine) if gate.action != "off" else []
         return {
             "embeddings": embeddings.tolist(),
             "id_embeddings": [_normed(p.id_face).tolist() for p in portraits],
             "reference_numbers": numbers,
+            "reference_boxes": [p.face.box.tolist() for p in portraits],
+            "reference_landmarks": [_present(p.face.landmarks_106).ravel().tolist() for p in portraits],
+            "reference_used": used_ones(len(numbers), odd, section.used_references),
             "reference_spread": spread(embeddings),
             "odd_references": [numbers[place] for place in odd],
         }

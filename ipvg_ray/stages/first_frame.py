@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,7 +28,7 @@ _SAFETY = "safety"
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """Who and what is to be drawn: the person, how its face embeds, the words, and the ControlNet's picture."""
+    """Who and what is to be drawn: the person, how its faces embed on average, the words, the ControlNet's picture."""
 
     identity: Identity
     embedding: np.ndarray
@@ -47,8 +48,11 @@ class FirstFrameStage(Stage):
 
     name = "first_frame"
     grain = "sample"
-    needs: ClassVar[tuple[str, ...]] = ("id_picture", "id_embedding", "embedding", "image_prompt")
-    version = 2
+    needs: ClassVar[tuple[str, ...]] = (
+        *("id_picture", "more_id_pictures", "id_embeddings", "embeddings", "reference_used"),
+        "image_prompt",
+    )
+    version = 3
 
     def __init__(self, config: Config) -> None:
         """Add to `needs` the columns that only some settings read."""
@@ -59,7 +63,8 @@ class FirstFrameStage(Stage):
         if section.controlnet is not None and section.control.source == "keypoints":
             more |= {"landmarks_5", "face_box"}
         if section.base_weight:
-            more |= {"image", "image_sha256", "landmarks_106"}
+            more |= {"image", "image_sha256", "more_images", "more_images_sha256"}
+            more |= {"reference_numbers", "reference_landmarks"}
         if more:
             self.needs = (*type(self).needs, *sorted(more))  # type: ignore[misc] # of this configuration
 
@@ -187,7 +192,7 @@ class FirstFrameStage(Stage):
         section = self.settings
         if not row["image_prompt"].strip():
             raise RowError("empty_prompt", "the first frame's prompt is empty; give the sample a prompt")
-        identity, embedding = self._identity(row), np.asarray(row["embedding"], np.float32)
+        identity, embedding = person(row, self.config), _used(row, "embeddings").mean(axis=0)
         subject = Subject(identity, embedding, row["image_prompt"], self._control(row))
         frame = yield from self._best(subject, self._drawing(section.width, section.height), row["seed"])
         refused = [f"{number} {a.refused}" for number, a in enumerate(frame.attempts, 1) if a.refused]
@@ -214,18 +219,6 @@ class FirstFrameStage(Stage):
         result["reference_picture"] = self._encoded(best.taken, row)
         result["reference_similarity"] = best.taken.similarity
         return result
-
-    def _identity(self, row: Row) -> Identity:
-        from ipvg_ray.models.base_picture import base_picture
-        from ipvg_ray.models.painter import Identity
-
-        picture = images.decode(images.image_bytes(row["id_picture"]))
-        base: tuple[np.ndarray, ...] = ()
-        if self.settings.base_weight:
-            data = images.image_bytes(row["image"], row["image_sha256"])
-            rgb = images.decode(data, self.config.dataset.max_image_pixels)
-            base = (base_picture(rgb, np.asarray(row["landmarks_106"], np.float64).reshape(-1, 2)),)
-        return Identity(row["identity_id"], (picture,), np.asarray([row["id_embedding"]], np.float32), base)
 
     def _control(self, row: Row) -> np.ndarray | None:
         from ipvg_ray.models import pose
@@ -350,8 +343,48 @@ class FirstFrameStage(Stage):
         return picture, count
 
 
+def person(row: Row, config: Config) -> Identity:
+    """Whom HyperLoRA is to draw, by all reference pictures that the stage faces marks as used.
+
+    Args:
+        row: with the columns of the identity that the stage needs.
+        config: says whether a Base LoRA is made too.
+
+    Raises:
+        ImageError: where a picture cannot be read.
+        LandmarkError: where landmarks span no box, with a Base LoRA.
+    """
+    from ipvg_ray.models.painter import Identity
+
+    cells = [row["id_picture"], *(row["more_id_pictures"] or ())]
+    pictures = tuple(images.decode(images.image_bytes(cell)) for cell in cells)
+    if config.first_frame.grayscale:
+        pictures = tuple(images.grey(picture) for picture in pictures)
+    base = _base_pictures(row, config.dataset.max_image_pixels) if config.first_frame.base_weight else ()
+    return Identity(row["identity_id"], pictures, _used(row, "id_embeddings"), base)
+
+
+def _base_pictures(row: Row, max_pixels: int) -> tuple[np.ndarray, ...]:
+    """The used reference pictures with their faces blurred out, for a Base LoRA."""
+    from ipvg_ray.models.base_picture import base_picture
+
+    cells = [row["image"], *(row["more_images"] or ())]
+    hashes = [row["image_sha256"], *(row["more_images_sha256"] or ())]
+    made = []
+    known = zip(row["reference_numbers"], row["reference_landmarks"], strict=True)
+    for number, points in compress(known, row["reference_used"]):
+        rgb = images.decode(images.image_bytes(cells[number], hashes[number]), max_pixels)
+        made.append(base_picture(rgb, np.asarray(points, np.float64).reshape(-1, 2)))
+    return tuple(made)
+
+
+def _used(row: Row, column: str) -> np.ndarray:
+    """float32 (n, 512): the embeddings in that column, of the reference pictures that are used."""
+    return np.asarray(list(compress(row[column], row["reference_used"])), np.float32)
+
+
 def _similarity(found: Sequence[Face], reference: np.ndarray, shape: Sequence[int]) -> float | None:
-    """Cosine of the largest face's embedding and the reference's."""
+    """Cosine of the largest face's embedding and `reference`, of any length."""
     if not found:
         return None
     embedding = choose(found, "largest", (shape[1], shape[0])).normed_embedding
