@@ -218,7 +218,9 @@ def _failed(error: MetricError) -> RowError:
     cause = error.__cause__
     if cause is not None and context_lost(cause):
         raise cause
-    failure = RowError("metric_failed", f"{error}; to have the other scores, leave it out of evaluate.metrics")
+    full = "out of memory" in str(cause)
+    mend = "lower evaluate.batch" if full else "to have the other scores, leave the metric out of evaluate.metrics"
+    failure = RowError("metric_failed", f"{error}; {mend}")
     failure.__cause__ = cause
     return failure
 
