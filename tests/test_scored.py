@@ -185,13 +185,16 @@ class TestTables:
 
     def test_places_in_plots(self):
         arc, distance, degree = table_page.plots(TABLE)
-        ends = [arc.marks[1].high, min(mark for mark in (arc.marks[0].low, arc.marks[0].paper) if mark is not None)]
-        assert ends == [100, 0]
+        # Nine tenths of the videos' values reach further than the intervals of the means.
+        assert (arc.marks[0].band[0], arc.marks[1].band[1]) == (0, 100)
+        assert all(m.band[0] < m.low < m.mean < m.high < m.band[1] for plot in (arc, distance) for m in plot.marks)
+        assert (arc.marks[0].paper, arc.marks[1].paper) == (pytest.approx(100 * 0.0335 / 0.181, abs=0.01), None)
+        assert [float(arc.left), float(arc.right)] == pytest.approx([0.2045, 0.3855], abs=1e-3)
         assert [mark.text for mark in arc.marks] == ["0.245", "0.345"]
         assert [plot.lower_is_better for plot in (arc, distance, degree)] == [False, True, False]
         single = Scored("one", {"arc_sim": {"a/1": 0.5}}, ["a/1"])
         (plot,) = table_page.plots(tabulate.Table("One", [single], METRICS))
-        assert plot.marks[0].mean == 50
+        assert (plot.marks[0].mean, plot.marks[0].band, plot.left) == (50, (50, 50), "")
 
     def test_reasons_are_counted(self):
         found = skipped_reasons(pa.table({"skipped": ["a: x; b: y", "a: x", None]}))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import resources
 
+import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ipvg_ray import schema
+from ipvg_ray.report.scored import Scored
 from ipvg_ray.report.scores import label
 from ipvg_ray.report.statistics import LOWER_IS_BETTER, Mean
 from ipvg_ray.report.tabulate import DRAWN, Table, figure, interval
@@ -21,6 +23,7 @@ class Mark:
     Attributes:
         name: the run's.
         mean, low, high, paper: places from left, 0 to 100; None where there is no such value.
+        band: places between which 90 % of the videos lie.
         text, paper_text: the values as text, empty where there is none.
     """
 
@@ -29,6 +32,7 @@ class Mark:
     low: float | None
     high: float | None
     paper: float | None
+    band: tuple[float, float] | None
     text: str
     paper_text: str
 
@@ -68,26 +72,45 @@ def plots(table: Table) -> list[Plot]:
     """A plot of each metric that any run has."""
     found = []
     for column, metric in enumerate(table.metrics):
-        rows = [(name, means[column], paper[column]) for name, means, paper in table.cells()]
-        if all(mean.mean is None for _, mean, _ in rows):
+        rows = [_row(run, metric, paper[column]) for run, (_, _, paper) in zip(table.runs, table.cells(), strict=True)]
+        if all(row.mean.mean is None for row in rows):
             continue
-        numbers = [v for _, mean, paper in rows for v in (mean.mean, mean.low, mean.high, paper) if v is not None]
-        low, high = min(numbers), max(numbers)
-        if low == high:  # one dot in the middle
-            low, high = low - (abs(low) or 1.0) / 2, high + (abs(high) or 1.0) / 2
-        marks = [_mark(*row, low, high) for row in rows]
+        numbers = [value for row in rows for value in row.numbers()]
+        marks = [_mark(row, min(numbers), max(numbers)) for row in rows]
+        low, high = ("", "") if min(numbers) == max(numbers) else (figure(min(numbers)), figure(max(numbers)))
         field = schema.table("evaluate").columns[metric]
         doc = (field.metadata or {}).get(b"doc", b"").decode()
-        found.append(Plot(label(metric), doc, metric in LOWER_IS_BETTER, figure(low), figure(high), marks))
+        found.append(Plot(label(metric), doc, metric in LOWER_IS_BETTER, low, high, marks))
     return found
 
 
-def _mark(name: str, mean: Mean, paper: float | None, low: float, high: float) -> Mark:
-    def place(value: float | None) -> float | None:
-        return None if value is None else round(100 * (value - low) / (high - low), 2)
+@dataclass(frozen=True)
+class _Row:
+    name: str
+    mean: Mean
+    paper: float | None
+    band: tuple[float, float] | None
 
-    texts = ["" if value is None else figure(value) for value in (mean.mean, paper)]
-    return Mark(name, place(mean.mean), place(mean.low), place(mean.high), place(paper), *texts)
+    def numbers(self) -> list[float]:
+        values = (self.mean.mean, self.mean.low, self.mean.high, self.paper, *(self.band or ()))
+        return [value for value in values if value is not None]
+
+
+def _row(run: Scored, metric: str, paper: float | None) -> _Row:
+    values = list(run.scores.get(metric, {}).values())
+    band = tuple(np.quantile(values, (0.05, 0.95)).tolist()) if values else None
+    return _Row(run.name, run.mean(metric), paper, band)
+
+
+def _mark(row: _Row, least: float, most: float) -> Mark:
+    def place(value: float) -> float:
+        return 50.0 if least == most else round(100 * (value - least) / (most - least), 2)
+
+    values = (row.mean.mean, row.mean.low, row.mean.high, row.paper)
+    places = [None if value is None else place(value) for value in values]
+    band = None if row.band is None else (place(row.band[0]), place(row.band[1]))
+    texts = ["" if value is None else figure(value) for value in (row.mean.mean, row.paper)]
+    return Mark(row.name, *places, band, *texts)
 
 
 def missing(table: Table) -> list[tuple[str, list[str]]]:
