@@ -75,10 +75,11 @@ def evaluate(
     try:
         result = engine.run(request, freeze)
     except engine.ChangedError as error:
-        error.add_note(
-            f"These are options of `ipvg-ray run --out {shlex.quote(str(out_dir))}`, which goes on with this run too; "
-            "this same command then writes the tables of scores."
-        )
+        if "--redo-from" in str(error):
+            error.add_note(
+                f"These are options of `ipvg-ray run --out {shlex.quote(str(out_dir))}`, which goes on with this run "
+                "too; this same command then writes the tables of scores."
+            )
         raise
     code = conclude(out_dir, result, "the same command")
     if code not in (EXIT_OK, EXIT_ROWS_FAILED):

@@ -13,6 +13,9 @@ _PAD_SHARE = 0.25
 _PAD_GREY = 128
 _ALIGNED_SIDE = 224
 
+Shift = tuple[int, int]
+"""x and y, in pixels, of a frame's corner in the picture in which its faces were looked for."""
+
 
 class Face(Protocol):
     """A face found: `box` is x0, y0, x1, y1 in pixels, `embedding` the recogniser's raw output, of any length."""
@@ -43,12 +46,12 @@ class FoundFace:
     Attributes:
         frame: uint8 RGB, (H, W, 3).
         face: as the analyser gives it, in pixels of the picture it was found in.
-        shift: x and y of the frame's corner in that picture, which may be the frame with a border.
+        shift: of the frame in that picture, which may be the frame with a border.
     """
 
     frame: np.ndarray
     face: Any
-    shift: tuple[int, int] = (0, 0)
+    shift: Shift = (0, 0)
 
     def aligned(self) -> np.ndarray:
         """The face brought to ArcFace's five-point template of twice its size: uint8 RGB, (224, 224, 3)."""
@@ -86,9 +89,6 @@ def find_face(frame: np.ndarray, analyser: FaceAnalyser, near: np.ndarray | None
         return min(faces, key=lambda face: float(np.abs(face.box - wanted).sum()))
 
     return largest_faces([frame], analyser)[0] if near is None else _found([frame], analyser, nearest)[0]
-
-
-Shift = tuple[int, int]
 
 
 def _found(
