@@ -68,6 +68,13 @@ def test_missing_and_broken_videos(tmp_path):
     assert "id001_3.mp4 or id001_prompt3.mp4" in missing.message
 
 
+def test_taking_videos_asks_for_no_gpu():
+    settings = config.load("gpu")
+    asks = GivenVideosStage(settings, "/given", "2026").resources()
+    assert settings.video.pool.gpus == 1
+    assert (asks.gpus, asks.cpus, asks.max_workers) == (0, 1, settings.evaluate.pool.max_workers)
+
+
 def test_a_video_that_cannot_be_read_is_not_a_missing_one(tmp_path):
     (tmp_path / "given/id001_1.mp4").mkdir(parents=True)
     stage = GivenVideosStage(config.load("cpu-mini"), str(tmp_path / "given"), "tpige")
