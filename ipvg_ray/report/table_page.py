@@ -106,11 +106,20 @@ def _mark(row: _Row, least: float, most: float) -> Mark:
     def place(value: float) -> float:
         return 50.0 if least == most else round(100 * (value - least) / (most - least), 2)
 
-    values = (row.mean.mean, row.mean.low, row.mean.high, row.paper)
-    places = [None if value is None else place(value) for value in values]
-    band = None if row.band is None else (place(row.band[0]), place(row.band[1]))
-    texts = ["" if value is None else figure(value) for value in (row.mean.mean, row.paper)]
-    return Mark(row.name, *places, band, *texts)
+    def place_of(value: float | None) -> float | None:
+        return None if value is None else place(value)
+
+    mean = row.mean
+    return Mark(
+        row.name,
+        mean=place_of(mean.mean),
+        low=place_of(mean.low),
+        high=place_of(mean.high),
+        paper=place_of(row.paper),
+        band=None if row.band is None else (place(row.band[0]), place(row.band[1])),
+        text="" if mean.mean is None else figure(mean.mean),
+        paper_text="" if row.paper is None else figure(row.paper),
+    )
 
 
 def missing(table: Table) -> list[tuple[str, list[str]]]:
