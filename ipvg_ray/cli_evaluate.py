@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,7 +72,16 @@ def evaluate(
             require_own_numbers(folder)
         return {**found, "videos": videos_at, "layout": kind}  # by which later commands know the run's stages
 
-    code = conclude(out_dir, engine.run(request, freeze), "the same command")
+    try:
+        result = engine.run(request, freeze)
+    except engine.ChangedError as error:
+        if "--redo-from" in str(error):
+            error.add_note(
+                f"These are options of `ipvg-ray run --out {shlex.quote(str(out_dir))}`, which goes on with this run "
+                "too; this same command then writes the tables of scores."
+            )
+        raise
+    code = conclude(out_dir, result, "the same command")
     if code not in (EXIT_OK, EXIT_ROWS_FAILED):
         return code
     found = read_scored(out_dir, Path(videos_at).name)

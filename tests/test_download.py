@@ -76,7 +76,11 @@ def test_a_file_cut_after_its_last_byte_is_whole(server: Server, tmp_path: Path)
     assert server.requests == []
 
 
-@pytest.mark.parametrize("wrong", [{"sha256": "0" * 64}, {"size": 5}])
+def test_the_first_digits_of_a_checksum_are_checked(server: Server, tmp_path: Path) -> None:
+    assert get(server.url, tmp_path / "m.bin", sha256=SHA[:8]).sha256 == SHA
+
+
+@pytest.mark.parametrize("wrong", [{"sha256": "0" * 64}, {"sha256": SHA[1:9]}, {"size": 5}])
 def test_a_wrong_file_is_thrown_away(server: Server, tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(fetch.ChecksumError, match="thrown away"):
         get(server.url, tmp_path / "m.bin", **wrong)

@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import pickle
 import sys
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from known_faces import KnownFaces
 
 from ipvg_ray import config
 from ipvg_ray.media import images, videos
-from ipvg_ray.metrics import catalogue
+from ipvg_ray.metrics import catalogue, frames
+from ipvg_ray.metrics.scorer import Scores
 from ipvg_ray.models.mini import metrics
 from ipvg_ray.pipeline.stage import RowError, StageContext
 from ipvg_ray.stages.evaluate import EvaluateStage
@@ -30,7 +34,7 @@ class Face:
     landmarks_5: np.ndarray | None = None
 
 
-class FakeAnalyser:
+class FakeAnalyser(KnownFaces):
     """One face on frames brighter than 128, at a cosine of 0.6 from the first unit vector; none on others."""
 
     made: tuple[tuple, dict] | None = None
@@ -134,6 +138,7 @@ def test_analyser_is_set_up_as_configured(stage, tmp_path):
             "modules": ("detection", "recognition"),
             "device": "cpu",
             "threads": 3,
+            "batch": 1,
         },
     )
     assert stage.models() == {"pack": tmp_path / "insightface/models/mini_buffalo_l"}
@@ -185,22 +190,125 @@ def test_packs_must_be_the_same():
     config.load("cpu-mini", overrides=["faces.pack=other", "evaluate.pack=other"])
 
 
-def test_all_metrics_of_a_row_on_miniatures(monkeypatch, tmp_path):
+@pytest.fixture
+def full_stage(monkeypatch, tmp_path) -> EvaluateStage:
+    """With all metrics, on miniature networks."""
     metrics.make(tmp_path)
     module = types.ModuleType("ipvg_ray.models.faces")
     module.FaceAnalyser = AlwaysOneFace
     monkeypatch.setitem(sys.modules, "ipvg_ray.models.faces", module)
-    values = {"video": SIZE, "models": {"root": str(tmp_path)}, "evaluate": {"metrics": list(catalogue.NAMES)}}
-    stage = EvaluateStage(config.load("cpu-mini", values=values))
+    asked = {"metrics": list(catalogue.NAMES), "batch": 3}
+    stage = EvaluateStage(config.load("cpu-mini", values={"models": {"root": str(tmp_path)}, "evaluate": asked}))
     stage.setup(StageContext("cpu", 1, None, str(tmp_path)))  # type: ignore[arg-type]
-    noise = np.random.default_rng(0).integers(0, 256, (9, 48, 64, 3), np.uint8)
-    (result,) = stage.process([row(tmp_path, "prompt1", noise)])
+    return stage
+
+
+def noise(seed: int, count: int = 9, height: int = 48) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, height, 64, 3), np.uint8)
+
+
+def together_and_alone(stage: EvaluateStage, rows: list[dict]) -> tuple[list, list]:
+    return list(stage.process(rows)), [result for row in rows for result in stage.process([row])]
+
+
+def same(first: dict, second: dict) -> bool:
+    """Whether two rows of results agree to rounding."""
+    numbers = [name for name, value in first.items() if isinstance(value, float)]
+    close = all(first[name] == pytest.approx(second[name], abs=1e-5) for name in numbers)
+    return close and all(first[name] == second[name] for name in set(first) - set(numbers))
+
+
+def test_all_metrics_of_a_row_on_miniatures(full_stage, tmp_path):
+    (result,) = full_stage.process([row(tmp_path, "prompt1", noise(0))])
     missing = {name for name in catalogue.NAMES if result[name] is None}
     assert missing == {"human_identity"}  # nine frames are too few
     assert result["skipped"].startswith("human_identity: ")
     assert all(np.isfinite(float(result[name])) for name in set(catalogue.NAMES) - missing)
-    assert pa.Table.from_pylist([result], stage.table().schema).num_rows == 1
-    assert set(stage.models()) == {"pack", *catalogue.fields_of(catalogue.NAMES)}
+    assert pa.Table.from_pylist([result], full_stage.table().schema).num_rows == 1
+    assert set(full_stage.models()) == {"pack", *catalogue.fields_of(catalogue.NAMES)}
+
+
+@pytest.mark.parametrize(("count", "fps"), [(81, 16), (121, 24), (17, 25)])
+def test_every_metric_takes_the_frames_of_its_rule(full_stage, count, fps):
+    rules = dict.fromkeys(
+        ("human_identity", "aesthetic_quality", "imaging_quality", "motion_smoothness"), frames.all_frames
+    )
+    rules |= {"overall_consistency": frames.middles(8), "dynamic_degree": frames.eight_a_second}
+    rules |= {"clip_score": frames.starts(16), "clip_score_tpige": frames.at_most(32), "gme_score": frames.at_most(16)}
+    metrics_of_videos = full_stage._scorer.on_video
+    assert set(metrics_of_videos) == set(rules)
+    for name, metric in metrics_of_videos.items():
+        assert metric.rule(count, fps) == rules[name](count, fps), name
+
+
+def test_videos_scored_together_have_the_scores_that_they_have_alone(full_stage, tmp_path):
+    films = [noise(0), noise(1, count=5), grey(220), noise(2, height=64), noise(3, count=2), noise(4)]
+    prompts = ["a man in a red coat", "a dog", "a woman who looks out over the sea and waits", "rain", "x", "a man"]
+    rows = [row(tmp_path, f"prompt{i}", film) for i, film in enumerate(films)]
+    rows = [given | {"prompt": prompt} for given, prompt in zip(rows, prompts, strict=True)]
+    together, alone = together_and_alone(full_stage, rows)
+    assert [same(*pair) for pair in zip(together, alone, strict=True)] == [True] * len(rows)
+    assert len({result["clip_score"] for result in together}) == len(rows)
+    assert [result["motion_smoothness"] is None for result in together] == [False, False, False, False, True, False]
+
+
+def test_what_fails_on_one_video_leaves_the_others_of_its_batch_alone(full_stage, tmp_path):
+    rows = [row(tmp_path, f"prompt{i}", film) for i, film in enumerate([noise(0), noise(1), grey(220), noise(2)])]
+    (tmp_path / rows[1]["video_uri"]).write_bytes(b"no video")
+    rows[3]["image_sha256"] = "0" * 64
+    metric = full_stage._scorer.on_video["imaging_quality"]
+    rate = metric.quality
+
+    def fails_on_grey(pixels):
+        if (pixels.std((1, 2, 3)) < 0.05).any():
+            raise RuntimeError("a flat picture")
+        return rate(pixels)
+
+    metric.quality = fails_on_grey
+    together, alone = together_and_alone(full_stage, rows)
+    assert same(together[0], alone[0])
+    kinds = ["broken_video", "metric_failed", "image_changed"]
+    for results in (together, alone):
+        assert [result.kind for result in results[1:]] == kinds
+    assert "imaging_quality: RuntimeError: a flat picture" in together[2].message
+    assert isinstance(together[2].__cause__, RuntimeError)
+
+
+def test_a_lost_gpu_is_not_the_rows_failure(full_stage, tmp_path):
+    def lost(pixels):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    full_stage._scorer.on_video["imaging_quality"].quality = lost
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        full_stage.process([row(tmp_path, f"prompt{i}", noise(i)) for i in range(2)])
+
+
+def test_the_next_batch_is_decoded_while_one_is_scored_and_no_two_are_scored_at_once(stage, tmp_path, monkeypatch):
+    decoded, scoring = threading.Semaphore(0), threading.Semaphore(1)
+    read = videos.read_video
+
+    def read_video(data: bytes):
+        found = read(data)
+        decoded.release()
+        return found
+
+    class Waits:
+        wants_crop, calls = False, 0
+
+        def score(self, given):
+            assert scoring.acquire(blocking=False)
+            self.calls += 1
+            if self.calls == 1:
+                assert all(decoded.acquire(timeout=60) for _ in range(4))
+            scoring.release()
+            return [Scores({"arc_sim": 0.5, "arc_frames": 1, "motion": 0.0}, {}) for _ in given]
+
+    monkeypatch.setattr(videos, "read_video", read_video)
+    stage._scorer = Waits()
+    rows = [row(tmp_path, f"prompt{i}", grey(220)) for i in range(4)]
+    with ThreadPoolExecutor(2) as threads:
+        results = [result for part in threads.map(stage.process, (rows[:2], rows[2:])) for result in part]
+    assert [result["arc_sim"] for result in results] == [0.5] * 4
 
 
 def test_non_commercial_models_want_acceptance(tmp_path):
@@ -232,5 +340,7 @@ def test_models_that_are_not_used_are_not_part_of_the_fingerprint(stage, tmp_pat
     values = {"models": {"root": str(tmp_path)}, "video": SIZE, "evaluate": {"frames": 16, "accept_licence": True}}
     other = EvaluateStage(config.load("cpu-mini", values=values, overrides=["evaluate.amt=other.pth"]))
     assert other.fingerprint_settings() == stage.fingerprint_settings()
+    faster = EvaluateStage(config.load("cpu-mini", values=values, overrides=["evaluate.batch=16"]))
+    assert faster.fingerprint_settings() == stage.fingerprint_settings()
     changed = EvaluateStage(config.load("cpu-mini", values=values, overrides=["evaluate.frames=8"]))
     assert changed.fingerprint_settings() != stage.fingerprint_settings()

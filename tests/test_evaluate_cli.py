@@ -13,6 +13,7 @@ import pytest
 from ipvg_ray import tables
 from ipvg_ray.media import images, videos
 from ipvg_ray.metrics import catalogue
+from ipvg_ray.pipeline.fingerprint import digest_of
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +40,19 @@ def video(shift: int) -> bytes:
 def put(path: Path, data: bytes | str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
+
+
+def as_an_older_version_left_it(run: Path, version: int | None = None) -> None:
+    """Without what this version adds to run.json; `version` is that of the stage that scored."""
+    kept = json.loads((run / "run.json").read_text())
+    for name in ("videos", "layout"):
+        kept["dataset"].pop(name, None)
+    kept["config"]["dataset"].pop("max_references", None)
+    if version is not None:
+        scored = kept["stages"]["evaluate"]
+        scored["inputs"]["version"] = version
+        scored["fingerprint"] = digest_of(scored["inputs"])
+    (run / "run.json").write_text(json.dumps(kept))
 
 
 def layouts(root: Path) -> dict[str, list[str]]:
@@ -88,6 +102,21 @@ def test_every_layout_and_a_comparison(tmp_path: Path, mini_models: Path) -> Non
     for layout in ("tpige", "2026"):
         assert np.allclose(np.array(found[layout], float), np.array(found["challenge"], float), equal_nan=True)
 
+    as_an_older_version_left_it(run)
+    assert list(json.loads(call("status", str(run), "--json"))["stages"]) == ["video", "evaluate"]
+    assert "report" in call("report", str(run))
+    again = ["evaluate", "--videos", str(tmp_path / "2026"), *arguments, "--out", str(run), *common]
+    for command in (["run", "--out", str(run)], again):
+        assert "2 of 4 rows finished" in call(*command, code=3)
+    as_an_older_version_left_it(run, version=1)
+    refused = call(*again, code=1)
+    assert "evaluate.version: 1 → 3 (this version of ipvg-ray" in refused
+    assert f"options of `ipvg-ray run --out {run}`" in refused
+    (run / "scores.md").unlink()
+    assert "2 of 4 rows finished" in call("run", "--out", str(run), "--redo-from", "evaluate", code=3)
+    call(*again, code=3)
+    assert (run / "scores.md").is_file()
+
     first, second = (str(tmp_path / f"run-{layout}") for layout in ("challenge", "challenge"))
     assert "arc_sim" in call("compare", first, second, "--fail-if", "arc_sim<-0.01")
     assert "holds" in call("compare", first, second, "--fail-if", "arc_sim>-0.01", code=1)
@@ -119,4 +148,5 @@ def test_an_experiment_shares_what_its_rows_have_in_common(tmp_path: Path, mini_
         "table.tex",
         "table.html",
         "table_samples.csv",
+        "table_comparisons.csv",
     }

@@ -16,7 +16,7 @@ from ipvg_ray.dataset.asked import asked, require_own_numbers
 from ipvg_ray.dataset.problems import DatasetError
 from ipvg_ray.media import images, videos
 from ipvg_ray.pipeline.stage import RowError, StageContext
-from ipvg_ray.stages import UnknownStageError, stages_of
+from ipvg_ray.stages import UnknownStageError, make_stages, stages_of
 from ipvg_ray.stages.evaluate import EvaluateGivenStage
 from ipvg_ray.stages.given import GivenVideosStage, LayoutError, checked_layout, layout_of, names_of
 
@@ -68,6 +68,13 @@ def test_missing_and_broken_videos(tmp_path):
     assert "id001_3.mp4 or id001_prompt3.mp4" in missing.message
 
 
+def test_taking_videos_asks_for_no_gpu():
+    settings = config.load("gpu")
+    asks = GivenVideosStage(settings, "/given", "2026").resources()
+    assert settings.video.pool.gpus == 1
+    assert (asks.gpus, asks.cpus, asks.max_workers) == (0, 1, settings.evaluate.pool.max_workers)
+
+
 def test_a_video_that_cannot_be_read_is_not_a_missing_one(tmp_path):
     (tmp_path / "given/id001_1.mp4").mkdir(parents=True)
     stage = GivenVideosStage(config.load("cpu-mini"), str(tmp_path / "given"), "tpige")
@@ -85,6 +92,17 @@ def test_later_commands_know_the_stages_of_a_run_that_scores_given_videos():
     with pytest.raises(UnknownStageError, match="there are video, evaluate"):
         stages_of(settings, kept, "faces")
     assert stages_of(settings, {})[0].name == "faces"
+
+
+def test_older_runs_keep_their_videos_place_with_the_fingerprint_alone():
+    settings = config.load("cpu-mini")
+    inputs = GivenVideosStage(settings, "/given", "2026").fingerprint_settings()
+    kept = {"dataset": {"path": "/refs"}, "stages": {"video": {"inputs": {"settings": inputs}}}}
+    assert [type(stage) for stage in stages_of(settings, kept)] == [GivenVideosStage, EvaluateGivenStage]
+    assert stages_of(settings, kept)[0].fingerprint_settings() == inputs
+    made = next(stage for stage in make_stages(settings) if stage.name == "video").fingerprint_settings()
+    own = {"dataset": {"path": "/refs"}, "stages": {"video": {"inputs": {"settings": made}}}}
+    assert stages_of(settings, own)[0].name == "faces"
 
 
 class TestAsked:

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from random_weights import drawn, pictures
@@ -112,6 +113,15 @@ class TestGolden:
         assert some(logits) == pytest.approx([-0.366198, -0.112718, -0.19658, 0.389053], abs=1e-5)
         corners = retina_face.decoded(boxes[0], retina_face.anchors(128))
         assert some(corners) == pytest.approx([-0.035246, 0.213626, 0.454947, 0.722741], abs=1e-5)
+
+    def test_boxes_of_several_pictures_are_those_of_each_alone(self):
+        torch.manual_seed(0)
+        find = retina_face.FaceBoxes(retina_face.RetinaFace(4, 16).eval(), side=128, threshold=0.5)
+        frames = np.random.default_rng(0).integers(0, 256, (3, 60, 90, 3), np.uint8)
+        together = find(frames)
+        assert together == [found for frame in frames for found in find(frame[None])]
+        assert all(together)
+        assert len({tuple(found) for found in together}) == 3
 
     @pytest.mark.parametrize(("size", "score"), [((96, 176), 0.488389), ((295, 512), 0.538078), ((100, 40), 0.498459)])
     def test_musiq(self, size, score):

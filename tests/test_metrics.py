@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from known_faces import KnownFaces
 
 from ipvg_ray.metrics.arc_sim import ArcSim, arc_sim
 from ipvg_ray.metrics.motion import motion
@@ -27,7 +28,7 @@ def face(cosine: float, side: float = 10, length: float = 1.0) -> Face:
 REFERENCE = np.array([5.0, 0.0, 0.0])
 
 
-class Analyser:
+class Analyser(KnownFaces):
     """Knows what each frame shows by the value of its middle pixel, and writes down what it was asked."""
 
     def __init__(self, shows: dict[int, list[Face]], bordered: dict[int, list[Face]] | None = None) -> None:

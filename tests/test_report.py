@@ -280,6 +280,22 @@ def test_settings_timings_and_sessions_are_shown(run: FakeRun) -> None:
     assert "format vip200k" in text
 
 
+def test_models_are_those_that_a_stage_used() -> None:
+    config = {
+        "prompts": {"method": "raw", "model": "large"},
+        "video": {"model": "wan", "dtype": "bfloat16"},
+        "evaluate": {"pack": "buffalo_l", "raft": "raft.pth", "amt": "amt-s.pth"},
+    }
+    inputs = {
+        "prompts": {"settings": {"method": "raw"}, "models": {}},
+        "video": {"settings": {"folder": "/given", "layout": "2026"}, "models": {}},
+        "evaluate": {"settings": {"frames": 16}, "models": {"pack": "0", "raft": "1"}},
+    }
+    stages = {name: {"inputs": value} for name, value in inputs.items()}
+    found = facts.models({"config": config, "stages": stages}, list(stages))
+    assert found == {"prompts": ["raw"], "evaluate": ["buffalo_l", "raft.pth"]}
+
+
 def test_notice_of_miniature_models_stands_only_on_their_profile(run: FakeRun) -> None:
     assert "Miniature random models draw noise" in Page(run.page()).text
     run.run_json({"config": {"profile": "gpu"}})

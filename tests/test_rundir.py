@@ -77,6 +77,24 @@ def test_a_shorter_start_keeps_the_configuration_of_what_it_does_not_reach(tmp_p
     assert tables.read_run(asked.run_dir)["config"]["third"] == {"add": 1}
 
 
+def test_a_run_of_a_version_with_fewer_fields_goes_on(tmp_path: Path) -> None:
+    asked = request(tmp_path / "run")
+    drive(asked)
+    newer = {"dataset": asked.config["dataset"] | {"max_references": 16}}
+    drive(engine.Request(asked.run_dir, newer, 1, asked.stages))
+    other = {"dataset": asked.config["dataset"] | {"max_references": 4}}
+    with pytest.raises(engine.ChangedError, match=r"dataset.max_references: 16 → 4"):
+        drive(engine.Request(asked.run_dir, other, 1, asked.stages))
+
+
+def test_a_stage_that_a_newer_version_computes_otherwise_is_refused_by_that_name(tmp_path: Path, monkeypatch) -> None:
+    asked = request(tmp_path / "run")
+    drive(asked)
+    monkeypatch.setattr(Third, "version", 2)
+    with pytest.raises(engine.ChangedError, match=r"third.version: 1 → 2 \(this version of(.|\n)*--redo-from third"):
+        drive(asked)
+
+
 def test_a_fork_of_another_identity_set_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     drive(request(tmp_path / "old"))
     asked = request(tmp_path / "new")

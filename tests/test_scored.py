@@ -12,7 +12,7 @@ from ipvg_ray import config
 from ipvg_ray.cli_evaluate import merged
 from ipvg_ray.experiments import EXPERIMENTS, Experiment, ExperimentError, find
 from ipvg_ray.experiments.layout import folder_of
-from ipvg_ray.report import tabulate
+from ipvg_ray.report import table_page, tabulate
 from ipvg_ray.report.scored import Scored, skipped_reasons
 from ipvg_ray.report.statistics import Gate, GateError, mean_of, paired
 from ipvg_ray.stages import make_stages
@@ -134,6 +134,11 @@ class TestTables:
         assert run.counted("face_distance") is None
         assert run.counted("gme_score") is None
 
+    def test_videos_on_which_a_metric_is_not_defined_do_not_count_as_zero(self):
+        scores = {"human_identity": {"a/1": 1.0, "a/2": 0.5}}
+        run = Scored("a", scores, ["a/1", "a/2", "a/3", "a/4"], finished=frozenset({"a/1", "a/2", "a/3"}))
+        assert run.counted("human_identity") == pytest.approx((1 + 0.5 + 0) / 3)
+
     def test_markdown(self):
         text = tabulate.markdown(TABLE)
         assert "| plain | 10 of 11 | 0.245 [" in text
@@ -154,17 +159,42 @@ class TestTables:
         assert samples[10]["arc_sim"] == ""
         assert float(samples[11]["arc_sim"]) == pytest.approx(0.3)
 
+    def test_comparisons_csv(self):
+        arc, distance, degree = csv.DictReader(io.StringIO(tabulate.comparisons_csv(TABLE)))
+        assert (arc["run"], arc["against"], arc["metric"], arc["samples"]) == ("better|&", "plain", "arc_sim", "10")
+        numbers = [float(arc[name]) for name in ("mean_against", "mean", "difference", "low", "high", "wins")]
+        assert numbers == pytest.approx([0.245, 0.345, 0.1, 0.1, 0.1, 1.0])
+        assert float(arc["p"]) < 0.01
+        assert float(distance["difference"]) == pytest.approx(-10)
+        assert (float(distance["wins"]), float(degree["wins"])) == (1.0, 0.5)
+
     def test_latex(self):
         text = tabulate.latex(TABLE)
         assert r"plain & 0.245 (0.238) & 204.5 & \textbf{0.500} & -- \\" in text
         assert r"better|\& & \textbf{0.345} & \textbf{194.5}" in text
 
     def test_page(self):
-        text = tabulate.page(TABLE)
-        assert text.count("<svg") == 3  # none for a score that nobody has
+        text = table_page.page(TABLE)
+        assert text.count("<svg") == 3 * 2  # none for a score that nobody has
         assert text.count('class="paper" cx') == 1
         assert "better|&amp;" in text
+        assert "<td>0.100 [0.100, 0.100]</td>" in text
+        assert "Not scored: gme_score: no model <small>plain (10), better|&amp; (10)" in text
+        assert "Failed: missing_video <small>plain (1), better|&amp; (1)" in text
         assert "http" not in text.replace("http-equiv", "")
+
+    def test_places_in_plots(self):
+        arc, distance, degree = table_page.plots(TABLE)
+        # Nine tenths of the videos' values reach further than the intervals of the means.
+        assert (arc.marks[0].band[0], arc.marks[1].band[1]) == (0, 100)
+        assert all(m.band[0] < m.low < m.mean < m.high < m.band[1] for plot in (arc, distance) for m in plot.marks)
+        assert (arc.marks[0].paper, arc.marks[1].paper) == (pytest.approx(100 * 0.0335 / 0.181, abs=0.01), None)
+        assert [float(arc.left), float(arc.right)] == pytest.approx([0.2045, 0.3855], abs=1e-3)
+        assert [mark.text for mark in arc.marks] == ["0.245", "0.345"]
+        assert [plot.lower_is_better for plot in (arc, distance, degree)] == [False, True, False]
+        single = Scored("one", {"arc_sim": {"a/1": 0.5}}, ["a/1"])
+        (plot,) = table_page.plots(tabulate.Table("One", [single], METRICS))
+        assert (plot.marks[0].mean, plot.marks[0].band, plot.left) == (50, (50, 50), "")
 
     def test_reasons_are_counted(self):
         found = skipped_reasons(pa.table({"skipped": ["a: x; b: y", "a: x", None]}))

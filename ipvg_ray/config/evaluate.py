@@ -12,7 +12,8 @@ class EvaluateConfig(StageSection):
     """The paper's metrics, the challenge's and TPIGE's. See docs/evaluate.md.
 
     A metric whose model is not there, or is under non-commercial terms that `accept_licence` does not accept, is
-    skipped, and each row says why. `frames` are those whose faces are compared; `det_size` is the challenge's.
+    skipped, and each row says why. `frames` are those whose faces are compared; `det_size` is the challenge's. `batch`
+    frames, or pairs of frames, go through a network at once, whichever of the `pool.batch_size` videos they are of.
     """
 
     pack: str = "insightface/models/buffalo_l"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ipvg_ray import tables
 from ipvg_ray.pipeline import fingerprint
 from ipvg_ray.pipeline.rundir import Request
-from ipvg_ray.report import tabulate
+from ipvg_ray.report import table_page, tabulate
 from ipvg_ray.storage import RunPath
 
 
@@ -30,14 +30,20 @@ def best_source(runs: Sequence[RunPath], request: Request) -> RunPath | None:
 
 
 def write(table: tabulate.Table, folder: RunPath, name: str = "table") -> list[str]:
-    """Write the table as Markdown, CSV, LaTeX and a page with plots, and every sample's scores; returns the names."""
+    """Write the table as Markdown, CSV, LaTeX and a page with plots, every sample's scores, and how the runs compare.
+
+    Returns:
+        The files' names.
+    """
     texts = {
         f"{name}.md": tabulate.markdown(table),
         f"{name}.csv": tabulate.as_csv(table),
         f"{name}.tex": tabulate.latex(table),
-        f"{name}.html": tabulate.page(table),
+        f"{name}.html": table_page.page(table),
         f"{name}_samples.csv": tabulate.samples_csv(table),
     }
+    if len(table.runs) > 1:
+        texts[f"{name}_comparisons.csv"] = tabulate.comparisons_csv(table)
     for file, text in texts.items():
         (folder / file).write_bytes(text.encode())
     return list(texts)

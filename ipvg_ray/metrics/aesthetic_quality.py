@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ipvg_ray.metrics.clip_score import load_pretrained
+from ipvg_ray.metrics.frames import all_frames
+from ipvg_ray.metrics.metric import Sampled, Score, in_batches
 from ipvg_ray.metrics.nets import weights
-from ipvg_ray.metrics.pixels import in_chunks, vbench_clip
+from ipvg_ray.metrics.pixels import vbench_clip
 
 
 def load_head(path: Path) -> nn.Linear:
@@ -38,19 +41,20 @@ class AestheticQuality:
         batch: frames at a time.
     """
 
+    rule = staticmethod(all_frames)
+
     def __init__(self, vision: Any, head: nn.Linear, batch: int = 32) -> None:
         self.vision, self.head, self.batch = vision, head, batch
 
-    @torch.no_grad()
-    def rate(self, frames: np.ndarray) -> Tensor:
-        """Each frame's rating, about 0 to 10, (N,), of uint8 RGB (N, H, W, 3)."""
-        side, device = int(self.vision.config.image_size), self.vision.device
-        rated = []
-        for part in in_chunks(len(frames), self.batch):
-            features = self.vision(pixel_values=vbench_clip(frames[part], side, device, whole=False)).image_embeds
-            rated.append(self.head(F.normalize(features.float(), dim=-1))[:, 0])
-        return torch.cat(rated)
+    def score(self, videos: Sequence[Sampled]) -> list[Score]:
+        """Mean rating / 10 of each video, about 0 to 1."""
+        rated = in_batches([video.frames for video in videos], self.batch, self.rate)
+        return [float(np.mean(ratings)) / 10 for ratings in rated]
 
-    def score(self, frames: np.ndarray) -> float:
-        """Mean rating / 10, about 0 to 1."""
-        return float((self.rate(frames) / 10).double().mean())
+    @torch.no_grad()
+    def rate(self, frames: np.ndarray) -> list[float]:
+        """Each frame's rating, about 0 to 10, of uint8 RGB (N, H, W, 3)."""
+        pixels = vbench_clip(frames, int(self.vision.config.image_size), self.vision.device, whole=False)
+        features = self.vision(pixel_values=pixels).image_embeds
+        found: list[float] = self.head(F.normalize(features.float(), dim=-1))[:, 0].tolist()
+        return found

@@ -47,7 +47,7 @@ def arc_sim(frames: np.ndarray, reference: np.ndarray, analyser: FaceAnalyser, s
         raise ValueError(f"frames have shape {frames.shape}; (N, H, W, 3) with N ≥ 1 is needed")
     sampled = ends(samples)(len(frames), 0)
     _unit(reference, "the reference's")  # before the work of finding faces
-    return of_faces(largest_faces(frames[sampled], analyser), reference, sampled)
+    return of_faces(largest_faces(list(frames[sampled]), analyser), reference, sampled)
 
 
 def of_faces(faces: Sequence[FoundFace | None], reference: np.ndarray, numbers: Sequence[int]) -> ArcSim:

@@ -9,13 +9,15 @@ Radford et al., arXiv 2103.00020; Hessel et al., arXiv 2104.08718.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from ipvg_ray.metrics.frames import Rule, at_most, starts
+from ipvg_ray.metrics.metric import Sampled, Score, in_chunks
 from ipvg_ray.metrics.nets.weights import WeightsError
 from ipvg_ray.models.quiet import only_errors
 
@@ -66,27 +68,42 @@ class ClipScore:
 
     Args:
         clip: what `load_clip` gives.
+        rule: which frames are compared.
         swapped: whether red and blue are exchanged before the frames are handed to CLIP.
         scaled: whether the cosine is multiplied by CLIP's learnt scale, 100.
+        batch: videos at a time, each with all its frames.
     """
 
-    def __init__(self, clip: tuple[Any, Any, Any], *, swapped: bool, scaled: bool) -> None:
+    def __init__(self, clip: tuple[Any, Any, Any], *, rule: Rule, swapped: bool, scaled: bool, batch: int = 4) -> None:
         self.model, self.processor, self.tokenizer = clip
-        self.swapped, self.scaled = swapped, scaled
+        self.rule, self.swapped, self.scaled, self.batch = rule, swapped, scaled, batch
+
+    def score(self, videos: Sequence[Sampled]) -> list[Score]:
+        """Mean cosine of each video's frames with its prompt; -1 to 1, times 100 where scaled."""
+        scale = float(self.model.logit_scale.exp()) if self.scaled else 1.0
+        parts = in_chunks(len(videos), self.batch)
+        return [scale * float(np.mean(found)) for part in parts for found in self._cosines(videos[part])]
 
     @torch.no_grad()
-    def cosines(self, frames: np.ndarray, prompt: str) -> Tensor:
-        """Cosine of each frame, uint8 RGB (N, H, W, 3), with the prompt, cut at 77 tokens: (N,)."""
-        pictures = [np.ascontiguousarray(frame[..., ::-1] if self.swapped else frame) for frame in frames]
+    def _cosines(self, videos: Sequence[Sampled]) -> list[list[float]]:
+        """Of each video its frames' cosines with its prompt, cut at 77 tokens."""
+        order = slice(None, None, -1 if self.swapped else 1)
+        pictures = [np.ascontiguousarray(frame[..., order]) for video in videos for frame in video.frames]
         pixels = self.processor(pictures, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
         length = int(self.model.config.text_config.max_position_embeddings)
-        text = self.tokenizer([prompt], truncation=True, max_length=length, return_tensors="pt")
+        texts = [video.prompt for video in videos]
+        text = self.tokenizer(texts, truncation=True, padding=True, max_length=length, return_tensors="pt")
         given = {key: text[key].to(self.model.device) for key in ("input_ids", "attention_mask")}
         output = self.model(pixel_values=pixels.to(self.model.device), **given)
-        cosines: Tensor = output.image_embeds @ output.text_embeds[0]
-        return cosines
+        frames = output.image_embeds.split([len(video.frames) for video in videos])
+        return [(seen @ read).tolist() for seen, read in zip(frames, output.text_embeds, strict=True)]
 
-    def score(self, frames: np.ndarray, prompt: str) -> float:
-        """Mean over the frames; -1 to 1, times 100 where scaled."""
-        mean = self.cosines(frames, prompt).double().mean()
-        return float(mean * self.model.logit_scale.exp() if self.scaled else mean)
+
+def consisid(clip: tuple[Any, Any, Any], *, swapped: bool = True) -> ClipScore:
+    """ConsisID's variant, of CLIP ViT-B/32."""
+    return ClipScore(clip, rule=starts(16), swapped=swapped, scaled=True)
+
+
+def tpige(clip: tuple[Any, Any, Any]) -> ClipScore:
+    """TPIGE's variant, of CLIP ViT-B/16."""
+    return ClipScore(clip, rule=at_most(32), swapped=False, scaled=False)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ipvg_ray.metrics.metric import Score, in_batches
 from ipvg_ray.metrics.nets.curricular_face import SIDE, CurricularFace
-from ipvg_ray.metrics.pixels import in_chunks
 
 
 class CurSim:
@@ -25,23 +25,22 @@ class CurSim:
     def __init__(self, net: CurricularFace, batch: int = 16) -> None:
         self.net, self.batch = net, batch
 
+    def score(self, videos: Sequence[Sequence[np.ndarray]], references: Sequence[np.ndarray]) -> list[Score]:
+        """Mean of max(0, cosine) between each video's faces and its reference's, 0 to 1; 0 where there is no face.
+
+        Args:
+            videos: of each the faces of its sampled frames that show one, aligned, uint8 RGB (224, 224, 3).
+            references: of each the reference's face, aligned in the same way.
+        """
+        crops = [[reference, *faces] for faces, reference in zip(videos, references, strict=True)]
+        embedded = [torch.stack(found) for found in in_batches(crops, self.batch, self.embed)]
+        cosines = [(found[1:] @ found[0]).clamp(min=0) for found in embedded]
+        return [float(found.mean()) if len(found) else 0.0 for found in cosines]
+
     @torch.no_grad()
-    def embed(self, faces: Sequence[np.ndarray]) -> Tensor:
-        """Embeddings of length 1, (N, D), of aligned uint8 RGB faces (224, 224, 3)."""
+    def embed(self, faces: np.ndarray) -> Tensor:
+        """Embeddings of length 1, (N, D), of aligned faces, uint8 RGB (N, 224, 224, 3)."""
         device = next(self.net.parameters()).device
         small = np.stack([cv2.resize(face, (SIDE, SIDE)) for face in faces])
         pixels = torch.from_numpy(small).to(device).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.5)
-        found = [self.net(pixels[part]) for part in in_chunks(len(pixels), self.batch)]
-        return F.normalize(torch.cat(found), dim=1)
-
-    def score(self, faces: Sequence[np.ndarray], reference: np.ndarray) -> float:
-        """Mean of max(0, cosine) between the faces and the reference's, 0 to 1; 0 where there is no face.
-
-        Args:
-            faces: of the sampled frames that show one, aligned, uint8 RGB (224, 224, 3).
-            reference: the reference's, aligned in the same way.
-        """
-        if not len(faces):
-            return 0.0
-        found = self.embed([reference, *faces])
-        return float((found[1:] @ found[0]).clamp(min=0).mean())
+        return F.normalize(self.net(pixels), dim=1).cpu()

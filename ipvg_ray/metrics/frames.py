@@ -37,7 +37,10 @@ class Clip:
 
     def take(self, rule: Rule) -> np.ndarray:
         """The frames that a rule wants, uint8 RGB, (n, H, W, 3)."""
-        taken: np.ndarray = self.frames[rule(len(self.frames), self.fps)]
+        numbers = rule(len(self.frames), self.fps)
+        if numbers == [*range(len(self.frames))]:
+            return self.frames  # indexing would copy a whole video
+        taken: np.ndarray = self.frames[numbers]
         return taken
 
 

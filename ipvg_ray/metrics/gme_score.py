@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ipvg_ray.metrics.frames import at_most
+from ipvg_ray.metrics.metric import Sampled, Score, in_batches, in_chunks
 from ipvg_ray.metrics.nets.weights import WeightsError
-from ipvg_ray.metrics.pixels import in_chunks
 from ipvg_ray.models.quiet import only_errors
 
 _SYSTEM = "You are a helpful assistant."
@@ -35,11 +36,13 @@ class GmeScore:
         folder: in the Hugging Face format, such as gme-Qwen2-VL-2B-Instruct.
         dtype: TPIGE uses float16 on a GPU.
         tokens: least and most tokens of a picture.
-        batch: pictures at a time.
+        batch: pictures, or texts, at a time.
 
     Raises:
         WeightsError: where the folder holds no Qwen2-VL, or not all its weights.
     """
+
+    rule = staticmethod(at_most(16))
 
     def __init__(
         self,
@@ -71,14 +74,18 @@ class GmeScore:
         self._size = {"shortest_edge": tokens[0] * self._factor**2, "longest_edge": tokens[1] * self._factor**2}
 
     @torch.no_grad()
-    def embed_text(self, prompt: str) -> Tensor:
-        """(1, D), length 1."""
-        ids = torch.tensor([self._ids(_QUERY, prompt)], device=self.model.device)
-        return self._pooled(ids, self.model.get_input_embeddings()(ids))
+    def embed_texts(self, prompts: Sequence[str]) -> Tensor:
+        """(N, D), length 1."""
+        rows = [self._ids(_QUERY, prompt) for prompt in prompts]
+        longest = max(map(len, rows))
+        # Filled up behind: every token sees only those before it, so that what follows a text's end changes nothing.
+        filled = [row + row[-1:] * (longest - len(row)) for row in rows]
+        ids = torch.tensor(filled, device=self.model.device)
+        return self._pooled(self.model.get_input_embeddings()(ids), [len(row) - 1 for row in rows])
 
     @torch.no_grad()
-    def embed_pictures(self, frames: Sequence[np.ndarray]) -> Tensor:
-        """(N, D), length 1, of uint8 RGB pictures of one size."""
+    def embed_pictures(self, frames: np.ndarray) -> Tensor:
+        """(N, D), length 1, of uint8 RGB (N, H, W, 3)."""
         pictures = [_sized(frame, self._factor) for frame in frames]
         seen = self._prepare(images=pictures, size=self._size, return_tensors="pt")
         grid = seen["image_grid_thw"]
@@ -93,29 +100,28 @@ class GmeScore:
         patches = visual(seen["pixel_values"].to(ids.device, embedded.dtype), grid_thw=grid.to(ids.device))
         found = getattr(patches, "pooler_output", patches)
         embedded[ids == pad] = found.to(embedded.dtype)
-        return self._pooled(ids, embedded)
+        return self._pooled(embedded, [len(row) - 1] * len(pictures))
 
-    def score(self, frames: np.ndarray, prompt: str) -> float:
-        """Mean cosine of the frames with the prompt, -1 to 1.
-
-        Args:
-            frames: those of `frames.at_most(16)`, uint8 RGB, (n, H, W, 3).
-        """
-        text = self.embed_text(prompt)
-        parts = in_chunks(len(frames), self.batch)
-        found = torch.cat([self.embed_pictures(list(frames[part])) @ text[0] for part in parts])
-        return float(found.double().mean())
+    def score(self, videos: Sequence[Sampled]) -> list[Score]:
+        """Mean cosine of each video's frames with its prompt, -1 to 1."""
+        prompts = [video.prompt for video in videos]
+        texts = torch.cat([self.embed_texts(prompts[part]) for part in in_chunks(len(prompts), self.batch)])
+        seen = in_batches([video.frames for video in videos], self.batch, self.embed_pictures)
+        means = [(torch.stack(frames) @ text).double().mean() for frames, text in zip(seen, texts, strict=True)]
+        return [float(mean) for mean in means]
 
     def _ids(self, instruction: str, content: str) -> list[int]:
         message = f"<|im_start|>system\n{instruction}<|im_end|>\n<|im_start|>user\n{content}<|im_end|>\n"
         found: list[int] = self._tokenizer(f"{message}<|im_start|>assistant\n<|endoftext|>")["input_ids"]
         return found[:_LIMIT]
 
-    def _pooled(self, ids: Tensor, embedded: Tensor) -> Tensor:
-        places = torch.arange(ids.shape[1], device=ids.device).expand(3, len(ids), -1)
-        mask = torch.ones_like(ids)
+    def _pooled(self, embedded: Tensor, ends: Sequence[int]) -> Tensor:
+        """The state of each row's token at `ends`, scaled to length 1."""
+        count, length = embedded.shape[:2]
+        places = torch.arange(length, device=embedded.device).expand(3, count, -1)
+        mask = torch.ones(count, length, dtype=torch.long, device=embedded.device)
         states = self.model.language_model(inputs_embeds=embedded, attention_mask=mask, position_ids=places)
-        return F.normalize(states.last_hidden_state[:, -1].float(), dim=1)
+        return F.normalize(states.last_hidden_state[torch.arange(count), torch.tensor(ends)].float(), dim=1)
 
 
 def _sized(frame: np.ndarray, factor: int) -> Image.Image:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ipvg_ray.metrics.pixels import in_chunks, to_tensor
+from ipvg_ray.metrics.frames import all_frames
+from ipvg_ray.metrics.metric import Sampled, Score, in_batches
+from ipvg_ray.metrics.pixels import to_tensor
 
 _LONGEST = 512
 
@@ -26,17 +28,25 @@ def shrunk(pixels: Tensor) -> Tensor:
     return F.interpolate(pixels, (int(scale * height), int(scale * width)), mode="bilinear", align_corners=False)
 
 
-@torch.no_grad()
-def imaging_quality(
-    frames: np.ndarray, quality: Quality, *, device: str | torch.device = "cpu", batch: int = 8
-) -> float:
-    """Mean quality / 100, about 0 to 1.
+class ImagingQuality:
+    """Rates frames.
 
     Args:
-        frames: all frames of the video, uint8 RGB, (N, H, W, 3).
-        quality: MUSIQ.
+        quality: MUSIQ, on the device to use.
         batch: frames at a time.
     """
-    parts = in_chunks(len(frames), batch)
-    found = torch.cat([quality(shrunk(to_tensor(frames[part], device)) / 255.0) for part in parts])
-    return float(found.double().mean()) / 100.0
+
+    rule = staticmethod(all_frames)
+
+    def __init__(self, quality: Quality, *, device: str | torch.device = "cpu", batch: int = 8) -> None:
+        self.quality, self.device, self.batch = quality, device, batch
+
+    def score(self, videos: Sequence[Sampled]) -> list[Score]:
+        """Mean quality / 100 of each video, about 0 to 1."""
+        rated = in_batches([video.frames for video in videos], self.batch, self._rate)
+        return [float(np.mean(ratings)) / 100.0 for ratings in rated]
+
+    @torch.no_grad()
+    def _rate(self, frames: np.ndarray) -> list[float]:
+        found: list[float] = self.quality(shrunk(to_tensor(frames, self.device)) / 255.0).tolist()
+        return found

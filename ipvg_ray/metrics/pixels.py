@@ -51,8 +51,3 @@ def padding(height: int, width: int, multiple: int) -> tuple[int, int, int, int]
     """What centred padding to a multiple adds: left, right, top, bottom, as `torch.nn.functional.pad` takes it."""
     tall, wide = -height % multiple, -width % multiple
     return wide // 2, wide - wide // 2, tall // 2, tall - tall // 2
-
-
-def in_chunks(count: int, size: int) -> list[slice]:
-    """Slices of at most `size` that cover `count` items."""
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -1,9 +1,12 @@
-"""All metrics of one video from one decode: loads the networks that are asked for, hands each metric its frames."""
+"""All metrics of several videos at once, each from one decode: loads the networks asked for, hands out the frames."""
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,12 @@ import numpy as np
 
 from ipvg_ray.metrics import arc_sim, frames
 from ipvg_ray.metrics.frames import Clip
+from ipvg_ray.metrics.metric import FaceMetric, Sampled, Score, VideoMetric
 from ipvg_ray.metrics.motion import motion
 from ipvg_ray.metrics.overall import overall
 from ipvg_ray.metrics.video_faces import FaceAnalyser, FoundFace, find_face, largest_faces
 
-Score = float | bool | None
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,51 @@ class Settings:
     batch: int = 2
 
 
+@dataclass(frozen=True, eq=False)
+class Video:
+    """What is scored.
+
+    Attributes:
+        clip: decoded.
+        prompt: the text it was made from.
+        embedding: ArcFace embedding of the reference, from the analyser's recogniser.
+        crop: the reference's face, aligned, or None where there is none.
+    """
+
+    clip: Clip
+    prompt: str
+    embedding: np.ndarray
+    crop: np.ndarray | None
+
+
+class MetricError(Exception):
+    """A metric that fails on one video; `__cause__` is what it raised."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A video's scores.
+
+    Attributes:
+        values: metric to its value, arc_sim, arc_frames and motion among them; None where the video or the reference
+            has none.
+        reasons: metric whose value is None to why, in words.
+    """
+
+    values: dict[str, Score]
+    reasons: dict[str, str]
+
+
+@dataclass(eq=False)
+class _Work:
+    """A video being scored; `aligned` are its faces where metrics want them, `error` is what ended the work on it."""
+
+    video: Video
+    values: dict[str, Score] = field(default_factory=dict)
+    aligned: list[np.ndarray] = field(default_factory=list)
+    error: MetricError | None = None
+
+
 class Scorer:
     """Scores videos by the metrics it was made for.
 
@@ -49,7 +98,7 @@ class Scorer:
         device: `cpu` or `cuda`.
 
     Attributes:
-        on_video: those of its metrics that need no face, to what computes each of a clip and its prompt.
+        on_video: those of its metrics that need no face, by name.
 
     Raises:
         WeightsError: where a file holds other weights than its metric's.
@@ -85,148 +134,169 @@ class Scorer:
         """
         return find_face(picture, self._analyser, None if box is None else np.asarray(box, np.float32))
 
-    def score(
-        self, clip: Clip, prompt: str, embedding: np.ndarray, crop: np.ndarray | None
-    ) -> tuple[dict[str, Score], dict[str, str]]:
-        """All scores of a video.
+    def score(self, videos: Sequence[Video]) -> list[Scores | MetricError]:
+        """All scores of each video, in order, or what failed on it. Batches hold frames of several videos.
 
-        Args:
-            prompt: the text it was made from.
-            embedding: ArcFace embedding of the reference, from the analyser's recogniser.
-            crop: the reference's face, aligned, or None where there is none.
-
-        Returns:
-            Metric to its value, arc_sim, arc_frames and motion among them, None where the video or the reference has
-            none; and for each of those the reason.
+        A metric that raises on several videos is tried on each of them alone, so that only the guilty one fails.
         """
-        numbers = frames.ends(self.settings.face_frames)(len(clip.frames), clip.fps)
-        once = list(dict.fromkeys(numbers))  # of a short video some frames are taken twice; their faces are found once
-        faces = dict(zip(once, largest_faces(clip.frames[once], self._analyser), strict=True))
-        found = [faces[number] for number in numbers]
-        similarity = arc_sim.of_faces(found, embedding, numbers)
-        scores: dict[str, Score] = {
-            "arc_sim": similarity.score,
-            "arc_frames": similarity.frames,
-            "motion": motion(clip.frames),
-        }
-        reasons: dict[str, str] = {}
-        aligned = [face.aligned() for face in found if face is not None] if self._on_faces and crop is not None else []
-        for name, of_faces in self._on_faces.items():
-            scores[name] = None if crop is None else of_faces.score(aligned, crop)
-            if scores[name] is None:
-                where = "the reference picture" if crop is None else "any frame that was looked at"
-                reasons[name] = f"no face on {where}"
-        for name, of_video in self.on_video.items():
-            scores[name] = of_video(clip, prompt)
-            if scores[name] is None:
-                reasons[name] = _NO_SCORE[name]
-        if "overall" in self.names:
-            scores["overall"] = overall(scores)
-            if scores["overall"] is None:
-                reasons["overall"] = "one of the scores it sums is missing"
-        return scores, reasons
+        works = [_Work(video) for video in videos]
+        _add("arc_sim", works, self._compare_faces)
+        _add("motion", works, lambda some: [motion(work.video.clip.frames) for work in some])
+        referenced = [work for work in works if work.video.crop is not None]
+        for name, faces in self._on_faces.items():
+            _add(name, referenced, partial(_of_faces, faces))
+        for name, metric in self.on_video.items():
+            _add(name, works, partial(_of_videos, metric))
+        return [work.error or self._finished(work) for work in works]
 
-    def clip(self, field: str) -> Any:
+    def _compare_faces(self, works: Sequence[_Work]) -> list[Score]:
+        """Arc-Sim of each video; and its aligned faces, where metrics want them."""
+        rule = frames.ends(self.settings.face_frames)
+        numbers = [rule(len(work.video.clip.frames), work.video.clip.fps) for work in works]
+        # Of a short video some frames are taken twice; their faces are found once.
+        places = [(i, number) for i, of_video in enumerate(numbers) for number in dict.fromkeys(of_video)]
+        faces = largest_faces([works[i].video.clip.frames[number] for i, number in places], self._analyser)
+        by_place = dict(zip(places, faces, strict=True))
+        similarities: list[Score] = []
+        for i, (work, of_video) in enumerate(zip(works, numbers, strict=True)):
+            found = [by_place[i, number] for number in of_video]
+            similarity = arc_sim.of_faces(found, work.video.embedding, of_video)
+            similarities.append(similarity.score)
+            work.values["arc_frames"] = similarity.frames
+            if self._on_faces and work.video.crop is not None:
+                work.aligned = [face.aligned() for face in found if face is not None]
+        return similarities
+
+    def _finished(self, work: _Work) -> Scores:
+        values = dict.fromkeys(self._on_faces) | work.values
+        if "overall" in self.names:
+            values["overall"] = overall(values)
+        shown = "the reference picture" if work.video.crop is None else "any frame that was looked at"
+        why = dict.fromkeys(self._on_faces, f"no face on {shown}") | _NO_SCORE
+        return Scores(values, {name: why[name] for name in self.names if name in values and values[name] is None})
+
+    def clip(self, name: str) -> Any:
         """CLIP's model, picture processor and tokenizer, loaded once for all metrics that use it."""
         from ipvg_ray.metrics.clip_score import load_clip
 
-        if field not in self._clips:
-            self._clips[field] = load_clip(self._paths[field], self._device)
-        return self._clips[field]
+        if name not in self._clips:
+            self._clips[name] = load_clip(self._paths[name], self._device)
+        return self._clips[name]
 
-    # -- makers: each loads what its metric needs and returns what is called for each video ------------------------
+    # -- makers: each loads what its metric needs ----------------------------------------------------------------
 
-    def _cur_sim(self) -> Any:
+    def _cur_sim(self) -> FaceMetric:
         from ipvg_ray.metrics.cur_sim import CurSim
         from ipvg_ray.metrics.nets import curricular_face
 
         return CurSim(curricular_face.load(self._paths["curricular_face"]).to(self._device))
 
-    def _face_distance(self) -> Any:
+    def _face_distance(self) -> FaceMetric:
         from ipvg_ray.metrics.face_distance import FaceDistance
         from ipvg_ray.metrics.nets import inception
 
         return FaceDistance(inception.load(self._paths["inception"]).to(self._device))
 
-    def _human_identity(self) -> OnVideo:
+    def _human_identity(self) -> VideoMetric:
         from ipvg_ray.metrics.human_identity import HumanIdentity
         from ipvg_ray.metrics.nets import resnet_face, retina_face
 
         detector = retina_face.load(self._paths["retina_face"]).to(self._device)
         boxes = retina_face.FaceBoxes(detector, self.settings.detector_side)
-        metric = HumanIdentity(boxes, resnet_face.load(self._paths["resnet_face"]).to(self._device))
-        return lambda clip, prompt: metric.score(clip.frames)
+        net = resnet_face.load(self._paths["resnet_face"]).to(self._device)
+        return HumanIdentity(boxes, net, self.settings.batch)
 
-    def _overall_consistency(self) -> OnVideo:
+    def _overall_consistency(self) -> VideoMetric:
         from ipvg_ray.metrics.clip_score import load_tokenizer
         from ipvg_ray.metrics.nets import vi_clip
         from ipvg_ray.metrics.overall_consistency import OverallConsistency
 
         net = vi_clip.load(self._paths["vi_clip"]).to(self._device)
-        metric = OverallConsistency(net, load_tokenizer(self._paths["clip_b32"]))
-        return lambda clip, prompt: metric.score(clip.take(frames.middles(net.sizes.frames)), prompt)
+        return OverallConsistency(net, load_tokenizer(self._paths["clip_b32"]))
 
-    def _aesthetic_quality(self) -> OnVideo:
+    def _aesthetic_quality(self) -> VideoMetric:
         from ipvg_ray.metrics.aesthetic_quality import AestheticQuality, load_head, load_vision
 
         vision = load_vision(self._paths["clip_l14"], self._device)
-        metric = AestheticQuality(vision, load_head(self._paths["aesthetic_head"]).to(self._device))
-        return lambda clip, prompt: metric.score(clip.frames)
+        return AestheticQuality(vision, load_head(self._paths["aesthetic_head"]).to(self._device))
 
-    def _imaging_quality(self) -> OnVideo:
-        from ipvg_ray.metrics.imaging_quality import imaging_quality
+    def _imaging_quality(self) -> VideoMetric:
+        from ipvg_ray.metrics.imaging_quality import ImagingQuality
         from ipvg_ray.metrics.nets import musiq
 
-        net, options = musiq.load(self._paths["musiq"]).to(self._device), self._options()
-        return lambda clip, prompt: imaging_quality(clip.frames, net, **options)
+        return ImagingQuality(musiq.load(self._paths["musiq"]).to(self._device), **self._options())
 
-    def _motion_smoothness(self) -> OnVideo:
-        from ipvg_ray.metrics.motion_smoothness import motion_smoothness
+    def _motion_smoothness(self) -> VideoMetric:
+        from ipvg_ray.metrics.motion_smoothness import MotionSmoothness
         from ipvg_ray.metrics.nets import amt
 
-        net, options = amt.load(self._paths["amt"]).to(self._device), self._options()
-        return lambda clip, prompt: motion_smoothness(clip.frames, net, **options)
+        return MotionSmoothness(amt.load(self._paths["amt"]).to(self._device), **self._options())
 
-    def _dynamic_degree(self) -> OnVideo:
-        from ipvg_ray.metrics.dynamic_degree import dynamic_degree
+    def _dynamic_degree(self) -> VideoMetric:
+        from ipvg_ray.metrics.dynamic_degree import DynamicDegree
         from ipvg_ray.metrics.nets import raft
 
-        net, options = raft.load(self._paths["raft"]).to(self._device), self._options()
+        net = raft.load(self._paths["raft"]).to(self._device)
+        return DynamicDegree(partial(net, iterations=self.settings.flow_iterations), **self._options())
 
-        def flow(first: Any, second: Any) -> Any:
-            return net(first, second, self.settings.flow_iterations)
+    def _clip_score(self) -> VideoMetric:
+        from ipvg_ray.metrics.clip_score import consisid
 
-        return lambda clip, prompt: dynamic_degree(clip.take(frames.eight_a_second), flow, **options)[0]
+        return consisid(self.clip("clip_b32"), swapped=self.settings.clip_swapped)
 
-    def _clip_score(self) -> OnVideo:
-        from ipvg_ray.metrics.clip_score import ClipScore
+    def _clip_score_tpige(self) -> VideoMetric:
+        from ipvg_ray.metrics.clip_score import tpige
 
-        metric = ClipScore(self.clip("clip_b32"), swapped=self.settings.clip_swapped, scaled=True)
-        return lambda clip, prompt: metric.score(clip.take(frames.starts(16)), prompt)
+        return tpige(self.clip("clip_b16"))
 
-    def _clip_score_tpige(self) -> OnVideo:
-        from ipvg_ray.metrics.clip_score import ClipScore
-
-        metric = ClipScore(self.clip("clip_b16"), swapped=False, scaled=False)
-        return lambda clip, prompt: metric.score(clip.take(frames.at_most(32)), prompt)
-
-    def _gme_score(self) -> OnVideo:
+    def _gme_score(self) -> VideoMetric:
         import torch
 
         from ipvg_ray.metrics.gme_score import GmeScore
 
         dtype = torch.float16 if self._device.startswith("cuda") else torch.float32
         tokens = self.settings.gme_tokens
-        metric = GmeScore(self._paths["gme"], device=self._device, dtype=dtype, tokens=tokens)
-        return lambda clip, prompt: metric.score(clip.take(frames.at_most(16)), prompt)
+        return GmeScore(self._paths["gme"], device=self._device, dtype=dtype, tokens=tokens)
 
     def _options(self) -> dict[str, Any]:
         return {"device": self._device, "batch": self.settings.batch}
 
 
-OnVideo = Callable[[Clip, str], Score]
-_ON_FACES: dict[str, Callable[[Scorer], Any]] = {"cur_sim": Scorer._cur_sim, "face_distance": Scorer._face_distance}
-_ON_VIDEO: dict[str, Callable[[Scorer], OnVideo]] = {
+def _of_faces(metric: FaceMetric, works: Sequence[_Work]) -> list[Score]:
+    crops = [work.video.crop for work in works if work.video.crop is not None]
+    return metric.score([work.aligned for work in works], crops)
+
+
+def _of_videos(metric: VideoMetric, works: Sequence[_Work]) -> list[Score]:
+    return metric.score([Sampled(work.video.clip.take(metric.rule), work.video.prompt) for work in works])
+
+
+def _add(name: str, works: Sequence[_Work], score: Callable[[Sequence[_Work]], list[Score]]) -> None:
+    """Add one metric's values to those that no metric has failed on yet; or, alone, what it raised."""
+    works = [work for work in works if work.error is None]
+    if not works:
+        return
+    try:
+        for work, value in zip(works, score(works), strict=True):
+            work.values[name] = value
+        return
+    except Exception as error:  # a network may raise anything
+        # Its locals go at once: else they would keep, in the GPU's memory, all that the failed call held.
+        traceback.clear_frames(error.__traceback__)
+        if len(works) == 1:
+            works[0].error = MetricError(f"{name}: {type(error).__name__}: {error}")
+            works[0].error.__cause__ = error
+            return
+        log.warning("%s fails on %d videos together (%s); it is tried on each alone", name, len(works), error)
+    for work in works:
+        _add(name, [work], score)
+
+
+_ON_FACES: dict[str, Callable[[Scorer], FaceMetric]] = {
+    "cur_sim": Scorer._cur_sim,
+    "face_distance": Scorer._face_distance,
+}
+_ON_VIDEO: dict[str, Callable[[Scorer], VideoMetric]] = {
     "human_identity": Scorer._human_identity,
     "overall_consistency": Scorer._overall_consistency,
     "aesthetic_quality": Scorer._aesthetic_quality,
@@ -240,4 +310,5 @@ _ON_VIDEO: dict[str, Callable[[Scorer], OnVideo]] = {
 _NO_SCORE = {
     "human_identity": "not exactly one face on the first frame, or on fewer than 20 later ones",
     "motion_smoothness": "fewer than three frames",
+    "overall": "one of the scores it sums is missing",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,9 @@ import numpy as np
 _PAD_SHARE = 0.25
 _PAD_GREY = 128
 _ALIGNED_SIDE = 224
+
+Shift = tuple[int, int]
+"""x and y, in pixels, of a frame's corner in the picture in which its faces were looked for."""
 
 
 class Face(Protocol):
@@ -25,9 +28,15 @@ class Face(Protocol):
 
 
 class FaceAnalyser(Protocol):
-    """Finds the faces of a picture: uint8 RGB, (H, W, 3)."""
+    """Finds the faces of pictures, uint8 RGB (H, W, 3) each, and then tells what they are."""
 
-    def faces(self, rgb: np.ndarray) -> Sequence[Face]: ...
+    def detect(self, pictures: Sequence[np.ndarray]) -> Sequence[Sequence[Any]]:
+        """The faces of each picture, without embeddings."""
+        ...
+
+    def describe(self, found: Sequence[tuple[np.ndarray, Any]]) -> Sequence[Any]:
+        """The same faces, each given with its picture, with embeddings."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,12 +46,12 @@ class FoundFace:
     Attributes:
         frame: uint8 RGB, (H, W, 3).
         face: as the analyser gives it, in pixels of the picture it was found in.
-        shift: x and y of the frame's corner in that picture, which may be the frame with a border.
+        shift: of the frame in that picture, which may be the frame with a border.
     """
 
     frame: np.ndarray
     face: Any
-    shift: tuple[int, int] = (0, 0)
+    shift: Shift = (0, 0)
 
     def aligned(self) -> np.ndarray:
         """The face brought to ArcFace's five-point template of twice its size: uint8 RGB, (224, 224, 3)."""
@@ -56,16 +65,16 @@ class FoundFace:
         return crop
 
 
-def largest_faces(frames: np.ndarray, analyser: FaceAnalyser) -> list[FoundFace | None]:
+def largest_faces(frames: Sequence[np.ndarray], analyser: FaceAnalyser) -> list[FoundFace | None]:
     """The largest face of every frame, None where none is found.
 
     A frame without a face is tried again with a border of grey 128, a quarter of its size on every side, in which faces
     that fill the frame are found.
 
     Args:
-        frames: uint8 RGB, (N, H, W, 3).
+        frames: uint8 RGB, (H, W, 3) each; of one video or of several.
     """
-    return [find_face(frame, analyser) for frame in frames]
+    return _found(frames, analyser, lambda faces, shift: max(faces, key=_area))
 
 
 def find_face(frame: np.ndarray, analyser: FaceAnalyser, near: np.ndarray | None = None) -> FoundFace | None:
@@ -74,18 +83,33 @@ def find_face(frame: np.ndarray, analyser: FaceAnalyser, near: np.ndarray | None
     Args:
         near: x0, y0, x1, y1 in pixels of the frame.
     """
-    shift = (0, 0)
-    faces = analyser.faces(frame)
-    if not faces:
-        top, left = (int(side * _PAD_SHARE) for side in frame.shape[:2])
-        shift = (left, top)
-        faces = analyser.faces(np.pad(frame, ((top, top), (left, left), (0, 0)), constant_values=_PAD_GREY))
-    if not faces:
-        return None
-    if near is None:
-        return FoundFace(frame, max(faces, key=_area), shift)
-    wanted = near + np.array([*shift, *shift])
-    return FoundFace(frame, min(faces, key=lambda face: float(np.abs(face.box - wanted).sum())), shift)
+
+    def nearest(faces: Sequence[Face], shift: Shift) -> Face:
+        wanted = np.asarray(near) + np.array([*shift, *shift])
+        return min(faces, key=lambda face: float(np.abs(face.box - wanted).sum()))
+
+    return largest_faces([frame], analyser)[0] if near is None else _found([frame], analyser, nearest)[0]
+
+
+def _found(
+    frames: Sequence[np.ndarray], analyser: FaceAnalyser, chosen: Callable[[Sequence[Face], Shift], Face]
+) -> list[FoundFace | None]:
+    pictures, shifts = list(frames), [(0, 0)] * len(frames)
+    faces = list(analyser.detect(pictures))
+    bare = [place for place, found in enumerate(faces) if not found]
+    for place in bare:
+        top, left = (int(side * _PAD_SHARE) for side in frames[place].shape[:2])
+        pictures[place] = np.pad(frames[place], ((top, top), (left, left), (0, 0)), constant_values=_PAD_GREY)
+        shifts[place] = (left, top)
+    for place, found in zip(bare, analyser.detect([pictures[place] for place in bare]), strict=True):
+        faces[place] = found
+    best = {place: chosen(found, shifts[place]) for place, found in enumerate(faces) if found}
+    told = analyser.describe([(pictures[place], face) for place, face in best.items()])
+    described = dict(zip(best, told, strict=True))
+    return [
+        FoundFace(frame, described[place], shifts[place]) if place in described else None
+        for place, frame in enumerate(frames)
+    ]
 
 
 def _area(face: Face) -> float:

@@ -70,7 +70,8 @@ def verification() -> str:
         if model.unverified:
             text += f" **Not verified:** {model.unverified}."
         if isinstance(model.source, UrlSource) and model.source.sha256:
-            text += f" SHA-256 `{model.source.sha256}`."
+            digits = model.source.sha256
+            text += f" SHA-256 `{digits}{'' if len(digits) == 64 else '…'}`."
         lines.append(text)
     return "\n".join(lines) + "\n"
 

@@ -93,5 +93,6 @@ def differences(stage: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> l
                     note = " (the files differ)" if key == "models" else ""
                     lines.append(f"{stage}.{field}: {before.get(field)!r} → {after.get(field)!r}{note}")
         elif before != after:
-            lines.append(f"{key if key == 'seed' else f'{stage}.{key}'}: {before!r} → {after!r}")
+            note = "" if key == "seed" else " (this version of ipvg-ray makes it otherwise)"
+            lines.append(f"{key if key == 'seed' else f'{stage}.{key}'}: {before!r} → {after!r}{note}")
     return lines

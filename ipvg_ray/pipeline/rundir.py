@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ipvg_ray import tables
+from ipvg_ray.config import DatasetConfig
 from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline import fingerprint as fp
 from ipvg_ray.pipeline.lease import lock
@@ -32,6 +33,7 @@ from ipvg_ray.storage import RunPath, TornPartError, copy_file, folders, make_fo
 Freeze = Callable[[Path], dict[str, Any]]
 """Writes the identity set's tables below a folder and returns what run.json keeps of it under `dataset`."""
 FROZEN = ("identities", "samples", "failures")
+_DATASET_DEFAULTS = DatasetConfig().model_dump(mode="json")
 
 
 class ChangedError(UserError):
@@ -260,8 +262,9 @@ def dataset_digest(run_dir: RunPath) -> str:
 
 
 def _same_dataset(run: dict[str, Any], request: Request) -> None:
-    frozen, asked = run["config"]["dataset"], request.config["dataset"]
-    asked = asked | {"strict": frozen.get("strict")}  # only ever decides whether a run begins
+    # Fields that the run's version did not have yet stand at their defaults.
+    frozen, asked = (_DATASET_DEFAULTS | config["dataset"] for config in (run["config"], request.config))
+    asked["strict"] = frozen["strict"]  # only ever decides whether a run begins
     if lines := fp.differences("dataset", {"settings": frozen}, {"settings": asked}):
         raise ChangedError(
             f"the identity set of {request.run_dir} was frozen when its run began, and another is asked for:\n  "

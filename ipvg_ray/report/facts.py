@@ -91,12 +91,20 @@ def totals(all_sessions: list[Session]) -> dict[str, Timing]:
     return result
 
 
-def models(config: Mapping[str, Any], stages: list[str]) -> dict[str, list[str]]:
-    """What each stage runs: values of its section's model fields, those that are given."""
+def models(run: Mapping[str, Any], stages: list[str]) -> dict[str, list[str]]:
+    """What each stage runs: values of its section's model fields, those that its fingerprint was made from.
+
+    A stage may leave models of its section unused, as evaluation does where terms are not accepted, or the section as
+    a whole, as the stage that takes given videos does.
+    """
     found = {}
     for name in stages:
-        section = mapping(config.get(name))
-        if values := [clean(section[key]) for key in MODEL_FIELDS if section.get(key)]:
+        section = mapping(mapping(run.get("config")).get(name))
+        inputs = mapping(mapping(mapping(run.get("stages")).get(name)).get("inputs"))
+        used = mapping(inputs.get("models"))
+        known = {*mapping(inputs.get("settings")), *used} if inputs else set(section)
+        keys = [*(key for key in MODEL_FIELDS if key in known), *(key for key in used if key not in MODEL_FIELDS)]
+        if values := list(dict.fromkeys(clean(section[key]) for key in keys if section.get(key))):
             found[name] = values
     return found
 

@@ -132,7 +132,7 @@ def _head(run_dir: RunPath, run: Mapping[str, Any], config: Mapping[str, Any], p
         "stages": progress.stages,
         "timings": facts.totals(sessions),
         "sessions": sessions,
-        "models": facts.models(config, names),
+        "models": facts.models(run, names),
         "dataset": facts.mapping(run.get("dataset")),
         "settings": facts.settings(config),
     }

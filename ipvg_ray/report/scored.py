@@ -30,6 +30,7 @@ class Scored:
         failed: kind of failure to the samples or identities that it still keeps from being done.
         skipped: reason for a missing score to how many samples lack one for it.
         owners: sample to its identity.
+        finished: samples that were scored, if only by some of the metrics.
     """
 
     name: str
@@ -38,17 +39,27 @@ class Scored:
     failed: dict[str, list[str]] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     owners: dict[str, str] = field(default_factory=dict)
+    finished: frozenset[str] = frozenset()
+
+    @property
+    def scored(self) -> int:
+        """Videos that have any score: as many as have the score that most have."""
+        return max((len(values) for values in self.scores.values()), default=0)
 
     def mean(self, metric: str) -> Mean:
         """Over the samples that have a value."""
         return mean_of(self.scores.get(metric, {}), self.owners)
 
     def counted(self, metric: str) -> float | None:
-        """The mean over all samples asked for, a missing one counted as 0; None where 0 would be the best value."""
+        """The mean over all samples asked for, a missing or broken video counted as 0.
+
+        Videos on which the metric is not defined are left out. None where 0 would be the best value.
+        """
         values = self.scores.get(metric, {})
-        if metric in LOWER_IS_BETTER or not values or not self.asked:
+        counted = [sample for sample in self.asked if sample in values or sample not in self.finished]
+        if metric in LOWER_IS_BETTER or not values or not counted:
             return None
-        return sum(values.get(sample, 0.0) for sample in self.asked) / len(self.asked)
+        return sum(values.get(sample, 0.0) for sample in counted) / len(counted)
 
 
 def read_scored(run_dir: RunPath, name: str) -> Scored:
@@ -69,7 +80,7 @@ def read_scored(run_dir: RunPath, name: str) -> Scored:
     asked = progress.samples["sample_id"].to_pylist()
     owners = dict(zip(asked, progress.samples["identity_id"].to_pylist(), strict=True))
     kept = {column: scores[column] for column in columns if scores.get(column)}
-    return Scored(name, kept, asked, _failed(progress), skipped_reasons(rows), owners)
+    return Scored(name, kept, asked, _failed(progress), skipped_reasons(rows), owners, frozenset(samples))
 
 
 def _failed(progress: Progress) -> dict[str, list[str]]:

@@ -1,9 +1,8 @@
-"""Tables of scores as Markdown, CSV and LaTeX, and a page with plots. Each row is a run, each column a metric."""
+"""Tables of scores as Markdown, CSV and LaTeX. Each row is a run, each column a metric."""
 
 from __future__ import annotations
 
 import csv
-import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,8 +78,7 @@ def markdown(table: Table) -> str:
     lines = [f"# {table.title}", ""]
     lines += _md_row(["", "videos", *map(label, table.metrics)]) + _md_row(["---"] * (2 + len(table.metrics)))
     for run, (name, means, paper) in zip(table.runs, table.cells(), strict=True):
-        most = max((len(values) for values in run.scores.values()), default=0)
-        lines += _md_row([_md(name), f"{most} of {len(run.asked)}", *map(interval, means)])
+        lines += _md_row([_md(name), f"{run.scored} of {len(run.asked)}", *map(interval, means)])
         if any(value is not None for value in paper):
             lines += _md_row([f"*paper: {_md(name)}*", "", *map(figure, paper)])
     lines += ["", f"Mean [interval at 95 %] over the videos that have the score. {DRAWN}", ""]
@@ -138,6 +136,21 @@ def samples_csv(table: Table) -> str:
     return out.getvalue()
 
 
+def comparisons_csv(table: Table) -> str:
+    """One line a metric and run but the first: how it compares with the first, sample by sample."""
+    out = io.StringIO()
+    lines = csv.writer(out, lineterminator="\n")
+    head = ["run", "against", "metric", "samples", "mean_against", "mean", "difference", "low", "high", "p", "wins"]
+    lines.writerow(head)
+    for name, pairings in table.pairings():
+        for metric, found in pairings.items():
+            change = found.difference
+            cells = (found.first, found.second, change.mean, change.low, change.high, found.p, found.wins)
+            texts = ["" if cell is None else repr(cell) for cell in cells]
+            lines.writerow([name, table.runs[0].name, metric, found.count, *texts])
+    return out.getvalue()
+
+
 def latex(table: Table) -> str:
     """A booktabs table of the means, the best of each column bold, the paper's values in brackets."""
     cells = table.cells()
@@ -161,46 +174,3 @@ def _tex(text: str) -> str:
     for character in "&%$#_{}":
         text = text.replace(character, "\\" + character)
     return text.replace("→", r"$\rightarrow$")
-
-
-_ROW, _LEFT, _WIDTH = 26, 220, 420
-
-
-def page(table: Table) -> str:
-    """An HTML page that needs no network: a plot a metric, each run's mean with its interval, the paper's as a ring."""
-    plots = "\n".join(_plot(table, column, metric) for column, metric in enumerate(table.metrics))
-    style = "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:46rem}svg{width:100%}"
-    style += "pre{overflow:auto;background:#8881;padding:1rem}circle.paper{fill:none;stroke:#c60;stroke-width:2}"
-    title = html.escape(table.title)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
-        f"<h1>{title}</h1><p>Dots are means, lines their bootstrap intervals at 95 %, rings the paper's values.</p>"
-        f"{plots}<pre>{html.escape(markdown(table))}</pre></html>\n"
-    )
-
-
-def _plot(table: Table, column: int, metric: str) -> str:
-    rows = [(name, means[column], paper[column]) for name, means, paper in table.cells()]
-    numbers = [v for _, m, p in rows for v in (m.mean, m.low, m.high, p) if v is not None]
-    if not numbers:
-        return ""
-    low, high = min(numbers), max(numbers)
-    span = (high - low) or abs(high) or 1.0
-
-    def x(value: float) -> float:
-        return round(_LEFT + _WIDTH * (value - low) / span, 1)
-
-    height = _ROW * len(rows) + 12
-    parts = [f'<h2>{html.escape(label(metric))}</h2><svg viewBox="0 0 {_LEFT + _WIDTH + 80} {height}" role="img">']
-    for number, (name, mean, paper) in enumerate(rows):
-        y = _ROW * number + 18
-        parts.append(f'<text x="0" y="{y + 5}" font-size="13" fill="currentColor">{html.escape(name[:34])}</text>')
-        if mean.low is not None and mean.high is not None:
-            parts.append(f'<path d="M{x(mean.low)} {y}H{x(mean.high)}" stroke="currentColor" stroke-width="2"/>')
-        if mean.mean is not None:
-            parts.append(f'<circle cx="{x(mean.mean)}" cy="{y}" r="5" fill="currentColor"/>')
-            tip = f'<text x="{x(mean.mean) + 9}" y="{y - 4}" font-size="11" fill="currentColor">'
-            parts.append(f"{tip}{figure(mean.mean)}</text>")
-        if paper is not None:
-            parts.append(f'<circle class="paper" cx="{x(paper)}" cy="{y}" r="7"/>')
-    return "".join([*parts, "</svg>"])

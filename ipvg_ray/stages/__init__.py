@@ -65,12 +65,23 @@ def stages_of(config: Config, run: Mapping[str, Any], until: str | None = None) 
     from ipvg_ray.stages.evaluate import EvaluateGivenStage
     from ipvg_ray.stages.given import GivenVideosStage, checked_layout
 
-    dataset = run.get("dataset") or {}
-    if "videos" not in dataset:
+    source = _given_videos(run)
+    if source is None:
         return make_stages(config, until)
-    given = GivenVideosStage(config, dataset["videos"], checked_layout(dataset["layout"]))
+    folder, layout = source
+    given = GivenVideosStage(config, folder, checked_layout(layout))
     stages: list[Stage] = [given, EvaluateGivenStage(config)]
     names = [stage.name for stage in stages]
     if until is not None and until not in names:
         raise UnknownStageError(f"{until!r} is no stage of a run of given videos; there are {', '.join(names)}")
     return stages if until is None else stages[: names.index(until) + 1]
+
+
+def _given_videos(run: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Folder and layout of the videos of a run that `evaluate` made; None for a run that makes its own."""
+    dataset = run.get("dataset") or {}
+    if "videos" in dataset:
+        return dataset["videos"], dataset["layout"]
+    # Runs of versions that did not keep them there hold them in what the stage's fingerprint was made from.
+    settings = run.get("stages", {}).get("video", {}).get("inputs", {}).get("settings", {})
+    return (settings["folder"], settings["layout"]) if {*settings} == {"folder", "layout"} else None

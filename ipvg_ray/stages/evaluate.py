@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
@@ -16,16 +17,23 @@ from ipvg_ray.storage import run_path
 
 if TYPE_CHECKING:
     from ipvg_ray.config import Config
+    from ipvg_ray.metrics.frames import Clip
+    from ipvg_ray.metrics.scorer import MetricError, Scores, Video
 
+Result = TypeVar("Result")
 FoundReference = tuple[np.ndarray, np.ndarray | None]
 
 
 class EvaluateStage(Stage):
-    """Reads each video back from the run and scores it.
+    """Reads videos back from the run and scores them, the videos of a batch together.
+
+    With a concurrency of 2 the next batch is decoded while one is scored. The frames of `batch_size` times
+    `concurrency` videos are then in memory, and no more.
 
     Metrics without their models, or whose terms are not accepted, are left out; every row says which and why.
 
-    Failures: `broken_video` where the file does not decode whole; the kinds of `images.ImageError` for the reference.
+    Failures: `broken_video` where the file does not decode whole; the kinds of `images.ImageError` for the reference;
+    `metric_failed` where a metric raises on the video.
     """
 
     name = "evaluate"
@@ -54,8 +62,11 @@ class EvaluateStage(Stage):
         return {field: path for field, path in self.optional_models().items() if catalogue.accepted(path, accept)}
 
     def fingerprint_settings(self) -> dict[str, Any]:
-        """Without what `models` says already: the models that are not used, and whether their terms are accepted."""
-        unused = {*catalogue.fields_of(catalogue.NAMES), "accept_licence"}
+        """Without what `models` says already: the models that are not used, and whether their terms are accepted.
+
+        Nor with how many frames go through a network at once, which changes the last bits at most.
+        """
+        unused = {*catalogue.fields_of(catalogue.NAMES), "accept_licence", "batch"}
         return {key: value for key, value in super().fingerprint_settings().items() if key not in unused}
 
     def usable(self) -> tuple[list[str], dict[str, str]]:
@@ -99,6 +110,7 @@ class EvaluateStage(Stage):
             modules=("detection", "recognition"),
             device=context.device,
             threads=context.threads,
+            batch=section.batch if context.device.startswith("cuda") else 1,
         )
         settings = Settings(
             face_frames=section.frames,
@@ -110,22 +122,44 @@ class EvaluateStage(Stage):
         )
         self._scorer = Scorer(names, paths, analyser, device=context.device, settings=settings)
         self._find = lru_cache(maxsize=64)(self._find_face)  # an identity's samples mostly follow each other
+        self._scoring = threading.Lock()
 
     def process(self, rows: Sequence[Row]) -> Sequence[Row | RowError]:
-        return [self._attempt(row) for row in rows]
+        clips = [_attempt(self._clip, row) for row in rows]
+        with self._scoring:  # the rows of another thread are decoded meanwhile
+            videos = [_attempt(self._video, row, clip) for row, clip in zip(rows, clips, strict=True)]
+            scored = iter(self._scorer.score([video for video in videos if not isinstance(video, RowError)]))
+        return [v if isinstance(v, RowError) else self._result(v.clip, next(scored)) for v in videos]
 
-    def _attempt(self, row: Row) -> Row | RowError:
-        from ipvg_ray.media import images, videos
+    def _clip(self, row: Row) -> Clip:
+        from ipvg_ray.media import videos
+        from ipvg_ray.metrics.frames import Clip
 
         try:
             frames, fps = videos.read_video(self._read(row["video_uri"]))
-            return self._score(row, frames, fps)
-        except RowError as error:
-            return error
         except videos.VideoError as error:
-            return RowError("broken_video", f"{row['video_uri']}: {error}")
+            raise RowError("broken_video", f"{row['video_uri']}: {error}") from None
+        return Clip(frames, fps or self.config.video.fps)
+
+    def _video(self, row: Row, clip: Clip | RowError) -> Video:
+        from ipvg_ray.media import images
+        from ipvg_ray.metrics.scorer import Video
+
+        if isinstance(clip, RowError):
+            raise clip
+        try:
+            return Video(clip, row["prompt"], *self._reference(row))
         except images.ImageError as error:
-            return RowError(error.kind, f"the reference picture: {error}")
+            raise RowError(error.kind, f"the reference picture: {error}") from None
+
+    def _result(self, clip: Clip, scores: Scores | MetricError) -> Row | RowError:
+        if isinstance(scores, Exception):
+            return _failed(scores)
+        result: dict[str, Any] = dict.fromkeys(self.table().columns)
+        result |= scores.values
+        result["frames_ok"] = self._as_wanted(clip.frames)
+        result["skipped"] = catalogue.told({**self._skipped, **scores.reasons}) or None
+        return result
 
     def _read(self, uri: str) -> bytes:
         """A file of the run, by its path in it as it is written: names that are made safe hold %-signs."""
@@ -135,18 +169,6 @@ class EvaluateStage(Stage):
             return (self._run_dir / uri).read_bytes()
         except FileNotFoundError as error:
             raise VideoError("the file is not there") from error
-
-    def _score(self, row: Row, frames: np.ndarray, fps: float | None) -> Row:
-        from ipvg_ray.metrics.frames import Clip
-
-        clip = Clip(frames, fps or self.config.video.fps)
-        embedding, crop = self._reference(row)
-        scores, reasons = self._scorer.score(clip, row["prompt"], embedding, crop)
-        result: dict[str, Any] = dict.fromkeys(self.table().columns)
-        result |= scores
-        result["frames_ok"] = self._as_wanted(frames)
-        result["skipped"] = catalogue.told({**self._skipped, **reasons}) or None
-        return result
 
     def _reference(self, row: Mapping[str, Any]) -> FoundReference:
         """What faces are compared with: ArcFace's embedding, and the aligned face where a metric wants it."""
@@ -176,6 +198,31 @@ class EvaluateStage(Stage):
             return None
         embedding = np.asarray(found.face.embedding, np.float32)
         return embedding, found.aligned() if self._scorer.wants_crop else None
+
+
+def _attempt(work: Callable[..., Result], *given: Any) -> Result | RowError:
+    try:
+        return work(*given)
+    except RowError as error:
+        return error
+
+
+def _failed(error: MetricError) -> RowError:
+    """The failure of a row on which a metric failed.
+
+    Raises:
+        Exception: what the metric raised, where that says that the worker's GPU is lost; it is not the row's fault.
+    """
+    from ipvg_ray.pipeline.worker import context_lost
+
+    cause = error.__cause__
+    if cause is not None and context_lost(cause):
+        raise cause
+    full = "out of memory" in str(cause)
+    mend = "lower evaluate.batch" if full else "to have the other scores, leave the metric out of evaluate.metrics"
+    failure = RowError("metric_failed", f"{error}; {mend}")
+    failure.__cause__ = cause
+    return failure
 
 
 class EvaluateGivenStage(EvaluateStage):

@@ -15,7 +15,7 @@ import pyarrow.fs as pafs
 
 from ipvg_ray.config import Config
 from ipvg_ray.errors import UserError
-from ipvg_ray.pipeline.stage import Row, RowError, Stage, StageContext
+from ipvg_ray.pipeline.stage import Resources, Row, RowError, Stage, StageContext
 
 Layout = Literal["challenge", "tpige", "2026"]
 _STILL_QUALITY = 85
@@ -92,6 +92,11 @@ class GivenVideosStage(Stage):
 
     def fingerprint_settings(self) -> dict[str, Any]:
         return {"folder": self.folder, "layout": self.layout}
+
+    def resources(self) -> Resources:
+        """A share of a CPU for as many workers as evaluation has: what the making of videos asks for is not needed."""
+        pool = self.config.evaluate.pool
+        return Resources(cpus=min(1.0, pool.cpus), max_workers=pool.max_workers, time_limit_s=pool.time_limit_s)
 
     def setup(self, context: StageContext) -> None:
         self._writer = context.media

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ipvg_ray.metrics.nets import weights
-from ipvg_ray.metrics.pixels import normalise
+from ipvg_ray.metrics.pixels import normalise, to_tensor
 
 _STEPS, _SIZES, _VARIANCES = (8, 16, 32), ((16, 32), (64, 128), (256, 512)), (0.1, 0.2)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -157,23 +157,29 @@ class FaceBoxes:
         self._anchors = anchors(side)
 
     @torch.no_grad()
-    def __call__(self, rgb: np.ndarray) -> list[tuple[int, int, int, int]]:
-        """Faces of a uint8 RGB (H, W, 3) picture, surest first."""
+    def __call__(self, pictures: np.ndarray) -> list[list[tuple[int, int, int, int]]]:
+        """Faces of each picture of a uint8 RGB (N, H, W, 3), surest first."""
         device = next(self.net.parameters()).device
-        scale = self.side / max(rgb.shape[:2])
-        height, width = (round(extent * scale) for extent in rgb.shape[:2])
-        picture = rgb if scale == 1 else cv2.resize(rgb, (width, height), interpolation=cv2.INTER_LINEAR)
-        pixels = torch.from_numpy(np.ascontiguousarray(picture)).to(device).permute(2, 0, 1)[None].float() / 255
+        own_height, own_width = pictures.shape[1:3]
+        scale = max(own_height, own_width) / self.side
+        height, width = round(own_height / scale), round(own_width / scale)
+        if scale != 1:
+            sized = [cv2.resize(rgb, (width, height), interpolation=cv2.INTER_LINEAR) for rgb in pictures]
+            pictures = np.stack(sized)
         top, left = (self.side - height) // 2, (self.side - width) // 2
         pads = (left, self.side - width - left, top, self.side - height - top)
-        offsets, logits = self.net(F.pad(normalise(pixels, _MEAN, _STD), pads))
-        sure = logits[0].softmax(-1)[:, 1]
+        offsets, logits = self.net(F.pad(normalise(to_tensor(pictures, device) / 255, _MEAN, _STD), pads))
+        shift = np.array([left, top, left, top])
+        found = [((boxes - shift) * scale).astype(int) for boxes in map(self._boxes, offsets, logits)]
+        return [[box for box in map(tuple, boxes.tolist()) if _inside(box, own_width, own_height)] for boxes in found]
+
+    def _boxes(self, offsets: Tensor, logits: Tensor) -> np.ndarray:
+        """One picture's boxes in pixels of the square, whole numbers (n, 4), from its offsets (A, 4), logits (A, 2)."""
+        sure = logits.softmax(-1)[:, 1]
         chosen = (sure > self.threshold).nonzero()[:, 0]
-        boxes = decoded(offsets[0][chosen], self._anchors.to(device)[chosen]) * self.side
-        kept = suppressed(boxes, sure[chosen], self.nms)
-        found = boxes[kept].int().cpu().numpy() - np.array([left, top, left, top])
-        found = (found * (max(rgb.shape[:2]) / self.side)).astype(int)
-        return [box for box in map(tuple, found.tolist()) if _inside(box, rgb.shape[1], rgb.shape[0])]
+        boxes = decoded(offsets[chosen], self._anchors.to(offsets.device)[chosen]) * self.side
+        whole: np.ndarray = boxes[suppressed(boxes, sure[chosen], self.nms)].int().cpu().numpy()
+        return whole
 
 
 def _inside(box: tuple[int, ...], width: int, height: int) -> bool:

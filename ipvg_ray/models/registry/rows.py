@@ -53,7 +53,8 @@ class UrlSource:
     Attributes:
         url: the file.
         size: bytes, or None where not known.
-        sha256: of the file as served, or None where nobody published one: then the pull's receipt records it.
+        sha256: of the file as served, or its first digits where only a file's name gives them, or None where nobody
+            published one. The pull's receipt records it.
         unpack: `zip` where the model is the archive's content.
         strip: folder that all the archive's members lie in and that is taken off when unpacking.
     """
