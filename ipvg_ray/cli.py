@@ -72,8 +72,9 @@ def run(
     take(stages)
     target = fork or out_dir
     values = settings.model_dump(mode="json")
+    grace, traces = settings.stop_grace_s, settings.traces
     request = engine.Request(
-        target, values, settings.seed, stages, redo_from, retry_failures, in_turn, grace_s=settings.stop_grace_s
+        target, values, settings.seed, stages, redo_from, retry_failures, in_turn, grace_s=grace, traces=traces
     )
     if fork is not None:
         engine.require_models(stages)

@@ -284,7 +284,9 @@ class _StageActor:
         self.spot = Watch(noticed, leave=lambda: os._exit(0))
         device, ranks = "cuda" if asks.gpus else "cpu", spec.step.stage.ranks()
         group = LedGroup(ranks, device, asks.threads, claimed(office) if office else None) if ranks else None
-        self.worker = Worker(spec, "cpu" if group else device, ledger_at(desk, spec.store), who, last_words, group)
+        gpus = here.get_accelerator_ids().get("GPU", [])
+        ledger = ledger_at(desk, spec.store)
+        self.worker = Worker(spec, "cpu" if group else device, ledger, who, last_words, group, gpus)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         with self.spot.batch():

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -99,9 +99,16 @@ def run(request: Request, freeze: Freeze) -> Result:
 
 
 def specs(this: Opened, request: Request) -> dict[str, WorkerSpec]:
-    """How each stage's workers are made."""
+    """How each stage's workers are made. Raises TracesError where traces are asked for that cannot be sent."""
+    traces: Mapping[str, Any] = {}
+    if request.traces:
+        from ipvg_ray.pipeline.traces import traces_of  # only where they are wanted
+
+        traces = traces_of(this.steps, this.run.get("id") or this.run["created"])
     return {
-        step.name: WorkerSpec(step, this.store, request.seed, this.prints[step.name].digest, request.max_deaths)
+        step.name: WorkerSpec(
+            step, this.store, request.seed, this.prints[step.name].digest, request.max_deaths, traces.get(step.name)
+        )
         for step in this.steps
     }
 
@@ -126,6 +133,10 @@ def _execute(this: Opened, request: Request, seen: shown.Progress, terminal: Tex
                 log.tick(seen)
 
             _go_on_after_losses(this, lambda: _execute_once(this, request, on_events, say, seen), seen, say)
+        if request.traces:
+            from ipvg_ray.pipeline.traces import linger
+
+            linger()
     finally:
         execute.shutdown()
 

@@ -55,6 +55,7 @@ class Request:
         in_turn: run stages in groups that fit the nodes there are now, also on a cluster that others started.
         max_deaths: worker deaths after which a row is set aside.
         grace_s: seconds that rows in work have to finish when the run is asked to stop.
+        traces: whether the rows' way is traced; see `ipvg_ray.pipeline.traces`.
     """
 
     run_dir: RunPath
@@ -66,6 +67,7 @@ class Request:
     in_turn: bool = False
     max_deaths: int = 3
     grace_s: float = 30.0
+    traces: bool = False
 
 
 @dataclass
@@ -212,7 +214,8 @@ def _read_or_freeze(store: Store, request: Request, freeze: Freeze) -> dict[str,
             else:
                 for file in sorted((staging / name).iterdir()):
                     copy_file(file, target / file.name)
-    run = {"version": 1, "created": now(), "config": request.config, "stages": {}, "sessions": []}
+    run = {"version": 1, "id": uuid.uuid4().hex, "created": now(), "config": request.config}
+    run |= {"stages": {}, "sessions": []}
     run["dataset"] = {**dataset, "digest": dataset_digest(store.run_dir)}
     store.write_run(run)
     return run
@@ -362,7 +365,7 @@ def fork(old: RunPath, request: Request) -> list[str]:
             if _stages_of(part) <= {"dataset", *kept}:
                 copy_file(part, made / "failures" / part.name)
         run |= {"config": request.config, "stages": {name: known[name] for name in kept}, "sessions": []}
-        run |= {"created": now(), "forked_from": str(old.resolve())}
+        run |= {"id": uuid.uuid4().hex, "created": now(), "forked_from": str(old.resolve())}
         store = Store(made, new_session())
         store.begin()
         store.write_run(run)
