@@ -95,6 +95,7 @@ def run(request: Request, freeze: Freeze) -> Result:
                 this.store.write_run(this.run)
                 log.close()
         result.counts = this.survey().counts
+        this.tidy(result.counts)
         return result
 
 

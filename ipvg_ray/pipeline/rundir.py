@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,11 +22,12 @@ import pyarrow.parquet as pq
 from ipvg_ray import tables
 from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline import fingerprint as fp
+from ipvg_ray.pipeline import scratch
 from ipvg_ray.pipeline.lease import lock
 from ipvg_ray.pipeline.plan import PlanError, Step, make_steps
 from ipvg_ray.pipeline.stage import Stage
 from ipvg_ray.pipeline.store import Store, new_session, remove_table
-from ipvg_ray.pipeline.survey import Survey, survey
+from ipvg_ray.pipeline.survey import Counts, Survey, survey
 from ipvg_ray.storage import RunPath, TornPartError, copy_file, folders, make_folder, parquet, remove_folder
 
 Freeze = Callable[[Path], dict[str, Any]]
@@ -96,6 +97,11 @@ class Opened:
         """Ask readers and workers, of this session and of those that may follow, to begin nothing more."""
         self.stopping = True
         self.store.stop()
+
+    def tidy(self, counts: Mapping[str, Counts]) -> None:
+        """Remove work in progress that nobody will go on from; `counts` say how the stages stand now."""
+        done = [name for name, count in counts.items() if count.done == count.total]
+        scratch.tidy(self.store, _digests(self.prints), done)
 
     def renew(self) -> None:
         """Begin a session anew: workers of the last one that may still live can write nothing more."""
