@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from pathlib import Path
@@ -263,6 +264,13 @@ def test_status_reads_a_run_without_touching_it(tmp_path: Path) -> None:
     assert (found.stages["third"].counts.done, found.stages["third"].counts.lost) == (9, 3)
     with lock(asked.run_dir):
         assert str(os.getpid()) in str(status(asked.run_dir, asked.stages).running)
+    run = tables.read_run(asked.run_dir)
+    stages = {"third": {"first_row_seconds": 12.5}}
+    run["sessions"] = [{"lost": {"batches": 2, "notices": 1}, "stages": stages}, {"lost": {"batches": 3}}]
+    (asked.run_dir / "run.json").write_text(json.dumps(run))
+    found = status(asked.run_dir, asked.stages)
+    assert found.lost == {"batches": 5, "notices": 1}
+    assert [stage.first_row_seconds for stage in found.stages.values()] == [0.0, 0.0, 12.5]
 
 
 def test_seeds_differ_by_run_row_and_stage() -> None:
