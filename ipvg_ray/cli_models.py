@@ -63,7 +63,7 @@ def mirror(
     overrides: Set = [],  # noqa: B006
 ) -> int:
     """Put the profile's models where nodes take them from: give runs `--set models.mirror=PLACE`."""
-    from ipvg_ray.models.mirror import publish
+    from ipvg_ray.mirror import publish
     from ipvg_ray.stages import make_stages
 
     settings = config.load(profile, file=file, overrides=overrides)

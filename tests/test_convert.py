@@ -11,8 +11,7 @@ import torch
 from safetensors import safe_open
 from wan_minis import FOLDERS
 
-from ipvg_ray import cli
-from ipvg_ray.models import files
+from ipvg_ray import cli, files
 from ipvg_ray.models.convert import ConvertError, convert
 from ipvg_ray.models.mini import qwen3, wan_vace
 from ipvg_ray.models.wan.load import load, load_text_encoder

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from ipvg_ray import files
 from ipvg_ray.errors import UserError
-from ipvg_ray.models import files
 
 _WEIGHTS = "*.safetensors"
 _INDEX = ".safetensors.index.json"
