@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_driver import request
+from engine_driver import freeze_fake, request
 from engine_inprocess import drive, this_process
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
+from s3_server import s3_server
 
 from ipvg_ray import config
 from ipvg_ray.pipeline import run as engine
@@ -25,6 +26,7 @@ from ipvg_ray.pipeline.store import batch_digest
 from ipvg_ray.pipeline.tickets import read_rows, write_tickets
 from ipvg_ray.pipeline.traces import Tracer, TracesError, finished_id, trace_id, traces_of
 from ipvg_ray.pipeline.worker import Worker, WorkerStartError
+from ipvg_ray.storage import S3Path
 
 Span = dict[str, Any]
 
@@ -86,7 +88,7 @@ def test_runs_without_traces_write_none(tmp_path: Path) -> None:
 
 def test_tries_that_raise_or_die_have_spans_of_their_own(tmp_path: Path) -> None:
     asked = request(tmp_path / "run", bad={"first:id00001": "raise"}, traces=True)
-    with engine.opened(asked, freeze(3)) as this:
+    with engine.opened(asked, freeze_fake(3, 1)) as this:
         tickets = write_tickets(this.store.tickets_dir, this.steps, 0, this.found)
         (batch,) = read_rows(tickets, 0, 3, 3)
         ledger, dead, me = TryLedger(), this_process(), this_process()
@@ -111,12 +113,6 @@ def test_tries_that_raise_or_die_have_spans_of_their_own(tmp_path: Path) -> None
     assert (done.attributes["ipvg.outcome"], done.attributes["ipvg.process"]) == ("finished", me.process)
     assert done.context.trace_id == gone.context.trace_id
     assert done.context.span_id != gone.context.span_id
-
-
-def freeze(identities: int) -> engine.Freeze:
-    from engine_driver import freeze_fake
-
-    return freeze_fake(identities, 1)
 
 
 def test_a_sampled_row_is_sampled_at_all_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +161,7 @@ def test_spans_are_sent_where_an_endpoint_is_named(
     traces = traces_of(steps, "run")
     assert "planted" not in repr(traces), "what workers are made from may be printed"
     asked = request(tmp_path / "run", traces=True)
-    with engine.opened(asked, freeze(2)) as this:
+    with engine.opened(asked, freeze_fake(2, 1)) as this:
         tickets = write_tickets(this.store.tickets_dir, this.steps, 0, this.found)
         worker = Worker(engine.specs(this, asked)["first"], "cpu", TryLedger(), this_process())
         worker(next(iter(read_rows(tickets, 0, 2, 2))))
@@ -182,7 +178,7 @@ def test_spans_are_sent_where_an_endpoint_is_named(
 def test_what_cannot_be_sent_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = request(tmp_path / "run", traces=True)
     steps = make_steps(asked.stages)
-    with engine.opened(asked, freeze(1)) as this:
+    with engine.opened(asked, freeze_fake(1, 1)) as this:
         spec = engine.specs(this, asked)["first"]
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "http://127.0.0.1:9")
         monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
@@ -202,6 +198,15 @@ def test_secrets_do_not_reach_the_files(tmp_path: Path, monkeypatch: pytest.Monk
     files = list((tmp_path / "run/traces").glob("*.jsonl"))
     assert files
     assert not any("planted" in file.read_text() for file in files)
+
+
+def test_a_run_in_s3_keeps_them_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with s3_server(monkeypatch):
+        run_dir = S3Path("runs", "traced")
+        drive(request(run_dir, traces=True), identities=2, prompts=1)
+        lines = [line for file in (run_dir / "traces").glob("*.jsonl") for line in file.read_text().splitlines()]
+    spans = [span for line in lines for span in json.loads(line)["resourceSpans"][0]["scopeSpans"][0]["spans"]]
+    assert sorted(span["name"] for span in spans) == ["first"] * 2 + ["second"] * 2 + ["third"] * 2
 
 
 @pytest.mark.slow

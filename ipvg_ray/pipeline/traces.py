@@ -16,8 +16,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -207,10 +206,10 @@ class Tracer:
             attributes["error.type"] = kind
         owner = row["identity_id"]
         links = [Link(self._place(owner, self.traces.identity))] if self.traces.identity else []
-        with self.ids.given(trace_id(run, key), finished_id(run, key, name) if outcome == "finished" else None):
-            made = self.tracer.start_span(
-                name, self._parent(key), attributes=attributes, links=links, start_time=_ns(span[0])
-            )
+        self.ids.give(trace_id(run, key), finished_id(run, key, name) if outcome == "finished" else None)
+        made = self.tracer.start_span(
+            name, self._parent(key), attributes=attributes, links=links, start_time=_ns(span[0])
+        )
         if kind:
             made.set_status(Status(StatusCode.ERROR, words or kind))
         made.end(_ns(span[1]))
@@ -239,11 +238,9 @@ class _Ids(RandomIdGenerator):
     def __init__(self) -> None:
         self.next = threading.local()
 
-    @contextmanager
-    def given(self, trace: int, span: int | None) -> Iterator[None]:
-        """Around the start of one span."""
+    def give(self, trace: int, span: int | None) -> None:
+        """Say which ids the next span of this thread gets; None for one that is drawn."""
         self.next.trace, self.next.span = trace, span
-        yield
 
     def generate_trace_id(self) -> int:
         return int(self.next.trace)
