@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_tries_that_raise_or_die_have_spans_of_their_own(tmp_path: Path) -> None
         worker.tracer = Tracer(engine.specs(this, asked)["first"].traces, this.steps[0], this.store, me, ["3"], kept)
         worker(batch)
         tries = [(s.attributes["ipvg.row"], s.attributes["ipvg.outcome"]) for s in kept.get_finished_spans()]
-        together = [(f"id0000{i}", "tried alone next") for i in range(3)]
+        together = [(f"id0000{i}", "retried_alone") for i in range(3)]
         assert tries == [*together, ("id00000", "finished"), ("id00001", "failed"), ("id00002", "finished")]
         assert all(s.attributes["ipvg.gpus"] == ("3",) for s in kept.get_finished_spans())
         assert ["ipvg.queue_seconds" in s.attributes for s in kept.get_finished_spans()] == [True] * 3 + [False] * 3
@@ -107,7 +108,7 @@ def test_tries_that_raise_or_die_have_spans_of_their_own(tmp_path: Path) -> None
         this.store.part("first", digest).unlink()
         worker(batch.slice(0, 1))
     gone, done = kept.get_finished_spans()
-    assert (gone.attributes["ipvg.outcome"], gone.attributes["ipvg.process"]) == ("worker died", dead.process)
+    assert (gone.attributes["ipvg.outcome"], gone.attributes["ipvg.process"]) == ("worker_died", dead.process)
     assert gone.start_time == 1000 * 10**9
     assert gone.status.status_code is StatusCode.ERROR
     assert (done.attributes["ipvg.outcome"], done.attributes["ipvg.process"]) == ("finished", me.process)
@@ -230,7 +231,7 @@ def test_a_real_run_traces_each_row_and_its_retry(tmp_path: Path) -> None:
     assert ways["id00000/prompt0"] == [("second", "finished"), ("third", "finished")]
     guilty = rows["id00002/prompt1"]
     outcomes = [s["attributes"]["ipvg.outcome"] for s in guilty]
-    assert outcomes[:-1] == ["worker died"] * (len(outcomes) - 1)
+    assert outcomes[:-1] == ["worker_died"] * (len(outcomes) - 1)
     assert len(outcomes) == 5, "once beside another row, three times alone, then set aside"
     assert guilty[-1]["attributes"]["error.type"] == "worker_died"
     assert len({s["attributes"]["ipvg.process"] for s in guilty}) == 5
@@ -239,3 +240,19 @@ def test_a_real_run_traces_each_row_and_its_retry(tmp_path: Path) -> None:
     begun = [int(s["startTimeUnixNano"]) for s in guilty]
     assert begun == sorted(begun)
     assert begun[0] > 1.7e18, "seconds since 1970, also of tries that could not tell"
+
+
+@pytest.mark.slow
+def test_a_real_run_sends_every_span(tmp_path: Path, collector: Any) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    address, got = collector
+    program = [sys.executable, str(Path(__file__).parent / "engine_driver.py"), str(tmp_path / "run")]
+    options = ["--identities", "4", "--prompts", "2", "--traces"]
+    told = {"OTEL_EXPORTER_OTLP_ENDPOINT": address, "OTEL_EXPORTER_OTLP_COMPRESSION": "none"}
+    done = subprocess.run([*program, *options], capture_output=True, text=True, timeout=300, env=os.environ | told)
+    assert done.returncode == 0, done.stderr
+    resources = [r for _, _, body in got for r in ExportTraceServiceRequest.FromString(body).resource_spans]
+    names = [span.name for resource in resources for scope in resource.scope_spans for span in scope.spans]
+    assert Counter(names) == {"first": 4, "second": 8, "third": 8}, "those of the last rows too"

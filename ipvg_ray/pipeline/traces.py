@@ -50,9 +50,10 @@ _DELAY_MS = 500
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _EXPORTERS = {
-    "http/protobuf": "opentelemetry.exporter.otlp.proto.http.trace_exporter",
-    "grpc": "opentelemetry.exporter.otlp.proto.grpc.trace_exporter",
+    "http/protobuf": ("opentelemetry.exporter.otlp.proto.http.trace_exporter", "ipvg-ray[traces]"),
+    "grpc": ("opentelemetry.exporter.otlp.proto.grpc.trace_exporter", "opentelemetry-exporter-otlp-proto-grpc"),
 }
+"""By protocol, the module that sends spans, and what to install for it."""
 
 
 class TracesError(UserError):
@@ -164,22 +165,24 @@ class Tracer:
             apart: whether the batch raised as a whole, so that its rows are tried alone next.
         """
         now, failed = time.time(), {failure[self.step.key]: failure for failure in failures}
-        work = (now - begun) / max(1, batch.num_rows)
+        work = round((now - begun) / max(1, batch.num_rows), 6)
         for row in self._rows(batch):
-            values = {"ipvg.work_seconds": round(work, 6)}
-            if waited and row[QUEUED]:
-                values["ipvg.queue_seconds"] = round(max(0.0, begun - row[QUEUED]), 6)
             failure = failed.get(row[self.step.key])
-            outcome = "tried alone next" if apart else "failed" if failure else "finished"
-            kind, words = (failure["kind"], failure["message"]) if failure else (None, "")
-            self._span(row, batch.num_rows, self.who, (begun, now), outcome, kind, words, values)
+            outcome = "retried_alone" if apart else "failed" if failure else "finished"
+            told = {"ipvg.outcome": outcome, "ipvg.batch_rows": batch.num_rows, "ipvg.work_seconds": work}
+            if waited and row[QUEUED]:
+                told["ipvg.queue_seconds"] = round(max(0.0, begun - row[QUEUED]), 6)
+            if failure:
+                told["error.type"] = failure["kind"]
+            self._span(row, self.who, (begun, now), told, failure["message"] if failure else "")
         self._written()
 
     def died(self, batch: pa.Table, who: Who) -> None:
         """An earlier try has ended with its process, which could not tell: its spans end when that was found out."""
-        now = time.time()
+        now, kind = time.time(), "worker_died"
+        told = {"ipvg.outcome": kind, "error.type": kind, "ipvg.batch_rows": batch.num_rows}
         for row in self._rows(batch):
-            self._span(row, batch.num_rows, who, (who.began or now, now), "worker died", "worker_died", "", {})
+            self._span(row, who, (who.began or now, now), told, "")
         self._written()
 
     def _rows(self, batch: pa.Table) -> list[dict[str, Any]]:
@@ -188,31 +191,21 @@ class Tracer:
         return rows
 
     def _span(
-        self,
-        row: Mapping[str, Any],
-        mates: int,
-        who: Who,
-        span: tuple[float, float],
-        outcome: str,
-        kind: str | None,
-        words: str,
-        values: Mapping[str, Any],
+        self, row: Mapping[str, Any], who: Who, times: tuple[float, float], told: Mapping[str, Any], words: str
     ) -> None:
+        """One row's span: the process that tried it, begin and end, what came of it, and a failure's message."""
         key, run, name = row[self.step.key], self.traces.run, self.step.name
         attributes = {**self.common, "ipvg.row": key, "ipvg.identity": row["identity_id"], "ipvg.attempt": row[ATTEMPT]}
         attributes |= {"ipvg.worker": who.worker, "ipvg.process": who.process, "ipvg.node": who.node}
-        attributes |= {"host.name": who.host, "ipvg.outcome": outcome, "ipvg.batch_rows": mates, **values}
-        if kind:
-            attributes["error.type"] = kind
-        owner = row["identity_id"]
-        links = [Link(self._place(owner, self.traces.identity))] if self.traces.identity else []
-        self.ids.give(trace_id(run, key), finished_id(run, key, name) if outcome == "finished" else None)
+        attributes |= {"host.name": who.host, **told}
+        links = [Link(self._place(row["identity_id"], self.traces.identity))] if self.traces.identity else []
+        self.ids.give(trace_id(run, key), finished_id(run, key, name) if told["ipvg.outcome"] == "finished" else None)
         made = self.tracer.start_span(
-            name, self._parent(key), attributes=attributes, links=links, start_time=_ns(span[0])
+            name, self._parent(key), attributes=attributes, links=links, start_time=_ns(times[0])
         )
-        if kind:
-            made.set_status(Status(StatusCode.ERROR, words or kind))
-        made.end(_ns(span[1]))
+        if "error.type" in told:
+            made.set_status(Status(StatusCode.ERROR, words))
+        made.end(_ns(times[1]))
 
     def _parent(self, key: str) -> Context:
         if self.traces.before is None:
@@ -251,7 +244,7 @@ class _Ids(RandomIdGenerator):
 
 def _provider(store: Store, stage: str, ids: _Ids, exporter: SpanExporter | None) -> TracerProvider:
     named = {"ipvg.run": str(store.run_dir), "ipvg.session": store.session, "service.version": __version__}
-    if "OTEL_SERVICE_NAME" not in os.environ:
+    if "OTEL_SERVICE_NAME" not in os.environ and "service.name=" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
         named["service.name"] = "ipvg-ray"
     provider = TracerProvider(resource=Resource.create(named), id_generator=ids)
     if exporter is None and endpoint(os.environ):
@@ -268,13 +261,14 @@ def _exporter_module(environment: Mapping[str, str]) -> Any:
     protocol = next((environment[name] for name in _PROTOCOLS if environment.get(name)), "http/protobuf")
     if protocol not in _EXPORTERS:
         raise TracesError(f"OTEL_EXPORTER_OTLP_PROTOCOL is {protocol!r}; it may be {' or '.join(_EXPORTERS)}")
+    module, package = _EXPORTERS[protocol]
     try:
-        return import_module(_EXPORTERS[protocol])
+        return import_module(module)
     except ImportError as error:
         raise TracesError(
             f"traces are to be sent to the endpoint that OTEL_EXPORTER_OTLP_ENDPOINT names, and {error.name} is not "
-            "installed; install ipvg-ray[traces] on the driver's machine and all nodes, or unset the variable and find "
-            "the traces in the run's folder traces/"
+            f"installed; install {package} on the driver's machine and all nodes, or unset the variable and find the "
+            "traces in the run's folder traces/"
         ) from error
 
 
