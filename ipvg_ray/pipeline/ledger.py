@@ -45,6 +45,7 @@ class Event:
     Attributes:
         alone: of one that begins: whether no other batch is in work in the process.
         at: of one that begins: when, seconds since 1970.
+        node: of one that begins: the id of the node it is in work on.
         closed: of one that has ended: whether its rows are on disk; else it was taken apart.
         node_age: of a process's first: seconds from its node's start until then.
     """
@@ -54,6 +55,7 @@ class Event:
     began: int = 0
     alone: bool = True
     at: float = 0.0
+    node: str = ""
     ended: bool = False
     closed: bool = False
     done: int = 0

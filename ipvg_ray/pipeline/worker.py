@@ -30,7 +30,7 @@ from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.deaths import Death, LastWords, inquest
 from ipvg_ray.pipeline.ledger import Event, Ledger, Who
 from ipvg_ray.pipeline.plan import ATTEMPT, QUEUED, SAMPLES, Step
-from ipvg_ray.pipeline.scratch import RunScratch
+from ipvg_ray.pipeline.scratch import RunScratch, owner_of
 from ipvg_ray.pipeline.stage import Group, Row, RowError, Stage, StageContext, WorkerBrokenError
 from ipvg_ray.pipeline.staging import node_age, take_models
 from ipvg_ray.pipeline.store import FencedError, Store, batch_digest, failures_table, row_seeds
@@ -138,7 +138,7 @@ class Worker:
             take_models([self.stage])
             if group:
                 group.start()
-            scratch = RunScratch(self.store, f"{name}-{self.spec.fingerprint}")
+            scratch = RunScratch(self.store, owner_of(name, self.spec.fingerprint))
             run_dir = str(self.store.run_dir)
             self.stage.setup(StageContext(device, asks.threads, self.store, run_dir, scratch, group))
         except StorageError:
@@ -172,7 +172,9 @@ class Worker:
 
     def _begin(self, digest: str, rows: int, alone: bool) -> list[Who]:
         age, self.fresh = node_age() if self.fresh else 0.0, False
-        event = Event(self.stage.name, digest, began=rows, alone=alone, at=time.time(), node_age=age)
+        event = Event(
+            self.stage.name, digest, began=rows, alone=alone, at=time.time(), node=self.who.node, node_age=age
+        )
         return self.ledger.begin(event, self.who)
 
     def _failed_before(self, digest: str) -> set[str]:
