@@ -101,7 +101,8 @@ class Opened:
     def tidy(self, counts: Mapping[str, Counts]) -> None:
         """Remove work in progress that nobody will go on from; `counts` say how the stages stand now."""
         done = [name for name, count in counts.items() if count.done == count.total]
-        scratch.tidy(self.store, _digests(self.prints), done)
+        if not self.lost:
+            scratch.tidy(self.store, _digests(self.prints), done)
 
     def renew(self) -> None:
         """Begin a session anew: workers of the last one that may still live can write nothing more."""
