@@ -3,8 +3,9 @@
 clock of `ipvg-ray simulate`.
 
 usage: python benchmarks/idle.py [--rows 96] [--scale 0.03] [--repeat 1]
-Prints for each the seconds between the run's first and last row and the share of them in which the eight groups did not
-work. Stage after stage is given for free what it would cost to start each stage's workers: only spans of work count.
+Prints for each the seconds between the run's first and last row, the share of them in which the eight groups did not
+work, and of the stream when that was. Stage after stage is given for free what it would cost to start each stage's
+workers: only spans of work count.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +83,8 @@ def make_stages(scale: float) -> list[Stage]:
     return stages
 
 
-def run(rows: int, scale: float, in_turn: bool) -> tuple[float, float]:
-    """Seconds between the first and the last row, and the groups' idle share of them."""
+def run(rows: int, scale: float, in_turn: bool) -> Played:
+    """Run the stages by the engine, as one stream or one after another."""
     stages = make_stages(scale)
     with tempfile.TemporaryDirectory() as folder:
         values = {"dataset": {"path": "fake", "strict": False}}
@@ -98,29 +100,47 @@ def run(rows: int, scale: float, in_turn: bool) -> tuple[float, float]:
             return measure(this.store.session_dir / "journal", in_turn)  # type: ignore[arg-type]
 
 
-def measure(journal: Path, in_turn: bool) -> tuple[float, float]:
-    """Span and idle share, from what the workers noted of each batch's begin and end."""
+@dataclass(frozen=True)
+class Played:
+    """What came of a way: seconds between the run's first and last row, the groups' idle share of them, and the shares
+    of before a group's first row, between its rows, and after its last."""
+
+    span: float
+    idle: float
+    parts: tuple[float, float, float] | None = None
+
+
+def measure(journal: Path, in_turn: bool) -> Played:
+    """From what the workers noted of each batch's begin and end."""
     times: dict[str, list[float]] = {name: [] for name in NAMES}
-    busy = 0.0
+    busy, groups = 0.0, []
     for file in journal.glob("*.jsonl"):
         name = file.name.partition("-")[0]
-        for line in file.read_text().splitlines():
-            event = json.loads(line)
-            times[name].append(event["t"])
-            busy += event.get("seconds", 0.0) if name == "video" else 0.0
-    spans = [max(t) - min(t) for t in times.values()]
+        events = [json.loads(line) for line in file.read_text().splitlines()]
+        times[name] += [event["t"] for event in events]
+        if name == "video" and events:
+            seconds = sum(event.get("seconds", 0.0) for event in events)
+            groups.append((events[0]["t"], events[-1]["t"], seconds))
+            busy += seconds
     everything = [t for ts in times.values() for t in ts]
-    span = sum(spans) if in_turn else max(everything) - min(everything)
-    return span, idle_share(busy, GROUPS, span)
+    if in_turn:
+        span = sum(max(t) - min(t) for t in times.values())
+        return Played(span, idle_share(busy, GROUPS, span))
+    first, last = min(everything), max(everything)
+    span = last - first
+    whole = GROUPS * span
+    before = sum(begun - first for begun, _, _ in groups) + (GROUPS - len(groups)) * span
+    between, after = sum(e - b - s for b, e, s in groups), sum(last - ended for _, ended, _ in groups)
+    return Played(span, idle_share(busy, GROUPS, span), (before / whole, between / whole, after / whole))
 
 
-def virtual(rows: int, scale: float) -> tuple[float, float]:
+def virtual(rows: int, scale: float) -> Played:
     """The same on the virtual clock."""
     loads = [Load(s.name, rows, Rate(RATIO[s.name] * scale, "given"), s.resources()) for s in make_stages(scale)]
     sizes = {load.name: load.asks.max_workers for load in loads}
     where = dict.fromkeys(NAMES, one_machine(0)[0])
     played = simulate(loads, where, sizes, Conditions(node_s=0, load_s=0))
-    return played.seconds, played.idle_share("video")
+    return Played(played.seconds, played.idle_share("video"))
 
 
 def main() -> None:
@@ -143,9 +163,12 @@ def main() -> None:
         if options.only and way not in options.only:
             continue
         found = [play() for _ in range(options.repeat)]
-        span, idle = (statistics.median(pair[i] for pair in found) for i in (0, 1))
+        span, idle = statistics.median(p.span for p in found), statistics.median(p.idle for p in found)
         base = base or span
         print(f"{way:20}{span:9.1f}s{100 * idle:13.1f}%{span / base:16.2f}", flush=True)
+        if parts := [p.parts for p in found if p.parts]:
+            before, between, after = (100 * statistics.median(p[i] for p in parts) for i in range(3))
+            print(f"  of it {before:.1f}% before a group's first row, {between:.1f}% between rows, {after:.1f}% after")
     execute.shutdown()
 
 

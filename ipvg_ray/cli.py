@@ -72,8 +72,9 @@ def run(
     take(stages)
     target = fork or out_dir
     values = settings.model_dump(mode="json")
+    grace, traces = settings.stop_grace_s, settings.traces
     request = engine.Request(
-        target, values, settings.seed, stages, redo_from, retry_failures, in_turn, grace_s=settings.stop_grace_s
+        target, values, settings.seed, stages, redo_from, retry_failures, in_turn, grace_s=grace, traces=traces
     )
     if fork is not None:
         engine.require_models(stages)
@@ -138,6 +139,7 @@ def status(
     """Say how a run stands, live or dead, from its files alone."""
     from ipvg_ray.pipeline.progress import duration
     from ipvg_ray.pipeline.status import status as read
+    from ipvg_ray.report.facts import losses
     from ipvg_ray.stages import stages_of
 
     kept = tables.read_run(run_dir)
@@ -147,14 +149,17 @@ def status(
         return EXIT_OK
     out.print(f"in use by {found.running}" if found.running else f"not running; last start: {found.outcome}")
     table = Table(box=None, pad_edge=False)
-    for name in ("stage", "done", "failed", "failed before", "to do", "rows/s", "time left"):
+    for name in ("stage", "done", "failed", "failed before", "to do", "rows/s", "time left", "node to first row"):
         table.add_column(name, justify="left" if name == "stage" else "right")
     for name, stage in found.stages.items():
         counts = stage.counts
         left = duration(stage.seconds_left) if stage.seconds_left else ""
         numbers = (f"{counts.done} / {counts.total}", counts.failed, counts.lost, counts.waiting)
-        table.add_row(name, *map(str, numbers), f"{stage.rate:.2f}" if stage.rate else "", left)
+        first = duration(stage.first_row_seconds) if stage.first_row_seconds else ""
+        table.add_row(name, *map(str, numbers), f"{stage.rate:.2f}" if stage.rate else "", left, first)
     out.print(table)
+    for line in losses(found.lost):
+        out.print(line)
     if found.problems:
         out.print(f"{found.problems} problems in the identity set")
     return EXIT_OK

@@ -198,8 +198,8 @@ def _request(target: RunPath, settings: config.Config, stages: Any, retry_failur
     from ipvg_ray.pipeline.rundir import Request
 
     values = settings.model_dump(mode="json")
-    grace = settings.stop_grace_s
-    return Request(target, values, settings.seed, stages, retry_failures=retry_failures, grace_s=grace)
+    grace, traces = settings.stop_grace_s, settings.traces
+    return Request(target, values, settings.seed, stages, retry_failures=retry_failures, grace_s=grace, traces=traces)
 
 
 def _work_folder(out_dir: RunPath) -> Path:

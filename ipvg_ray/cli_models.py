@@ -63,7 +63,7 @@ def mirror(
     overrides: Set = [],  # noqa: B006
 ) -> int:
     """Put the profile's models where nodes take them from: give runs `--set models.mirror=PLACE`."""
-    from ipvg_ray.models.mirror import publish
+    from ipvg_ray.mirror import publish
     from ipvg_ray.stages import make_stages
 
     settings = config.load(profile, file=file, overrides=overrides)
@@ -104,6 +104,28 @@ def check(
     if not missing:
         out.print(f"all {len(named)} models of profile {settings.profile} are there")
     return EXIT_ERROR if missing else EXIT_OK
+
+
+@app.command("convert")
+def convert(
+    source: Annotated[str, typer.Argument(help="A model's name below models.root, or a path.")],
+    target: Annotated[str, typer.Argument(help="Name or path of the new folder, for video.model and the like.")],
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16: what the stage is set to run it in.")] = "bfloat16",
+    profile: str = "gpu",
+    file: File = None,
+    overrides: Set = [],  # noqa: B006
+) -> int:
+    """Copy a model in the precision in which it is run, so that it loads faster; computes the same."""
+    import torch
+
+    from ipvg_ray.models import convert as copies
+
+    if dtype not in ("bfloat16", "float16"):
+        raise copies.ConvertError(f"--dtype {dtype}: it may be bfloat16 or float16")
+    path = config.load(profile, file=file, overrides=overrides).models.path
+    copies.convert(path(source), path(target), getattr(torch, dtype), lambda line: out.print(line, markup=False))
+    out.print(f"{path(target)} stands for {path(source)}: name it in the configuration, and mirror it", markup=False)
+    return EXIT_OK
 
 
 @app.command("convert-paddle")

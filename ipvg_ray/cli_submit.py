@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import shlex
 import shutil
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 import ipvg_ray
-from ipvg_ray import config
+from ipvg_ray import config, secrets
 from ipvg_ray.cli_options import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, EXIT_ROWS_FAILED, out
 from ipvg_ray.errors import UserError
 from ipvg_ray.schema import schema_dir
@@ -66,7 +68,7 @@ def submit(
             runtime_env={
                 "working_dir": folder,
                 # Ray kills a stopped job after three seconds unless it is told otherwise.
-                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{job.grace_s + _PARTING:g}"},
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": f"{job.grace_s + _PARTING:g}", **_telemetry(os.environ)},
             },
             metadata={"run": job.run_dir},
         )
@@ -80,6 +82,13 @@ def submit(
         out.print(f"\nthe job goes on; follow it with: ray job logs --address {address} -f {name}", markup=False)
         return EXIT_INTERRUPTED
     return _conclude(client, name, address, list(context.args))
+
+
+def _telemetry(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that say where traces go, but for those that may hold keys: a job's are shown on the dashboard."""
+    given = {name: value for name, value in environment.items() if name.startswith("OTEL_") and "HEADERS" not in name}
+    hidden = set(secrets.found_in(given))
+    return {name: value for name, value in given.items() if name not in hidden}
 
 
 def pack(arguments: list[str], folder: Path) -> Job:

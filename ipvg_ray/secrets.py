@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 _NAME = re.compile(
-    r"(secret|passw(or)?d|passwd|credential|api_?key|access_?key|auth_?token|bearer|_token$|^token$)", re.I
+    r"(secret|passw(or)?d|passwd|credential|api_?key|access_?key|auth_?token|bearer|_token$|^token$|_headers$)", re.I
 )
 _HARMLESS = re.compile(r"(_env|_file|_id)$", re.I)
 """Names of a place where a secret is found are none themselves (`api_key_env`), nor are public halves."""

@@ -1,7 +1,7 @@
 """A pipeline of three stages without models, run as a program so that tests can kill it: sum, double, end.
 
 usage: python engine_driver.py RUN --identities N --prompts M [--delay S] [--bad KEY=HOW ...] [--workers N] [--batch N]
-       [--limit SECONDS] [--cpus N]
+       [--limit SECONDS] [--cpus N] [--traces]
 HOW: raise, row-error, exit and segfault (its process dies), hang (needs --limit), slowSECONDS, setup-raise (KEY is a
 stage).
 """
@@ -193,6 +193,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=0.0)
     parser.add_argument("--cpus", type=float, default=0.1)
     parser.add_argument("--bad", nargs="*", default=[])
+    parser.add_argument("--traces", action="store_true")
     options = parser.parse_args()
     bad = dict(text.rsplit("=", 1) for text in options.bad)
     asked = request(
@@ -203,6 +204,7 @@ def main() -> int:
         bad=bad,
         limit=options.limit,
         cpus=options.cpus,
+        traces=options.traces,
     )
     result = engine.run(asked, freeze_fake(options.identities, options.prompts))
     for name, counts in result.counts.items():

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from file_server import DATA, SHA, Server, archive, quiet, serving
 
+from ipvg_ray import files
 from ipvg_ray.models import download as dl
-from ipvg_ray.models import fetch, files
+from ipvg_ray.models import fetch
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from file_server import DATA, Server, archive, quiet, serving
 
+from ipvg_ray import files
 from ipvg_ray.models import download as dl
-from ipvg_ray.models import fetch, files, registry
+from ipvg_ray.models import fetch, registry
 from ipvg_ray.models.registry.rows import APACHE, HYPERLORA, HubSource, Licence, Model, UrlSource
 
 

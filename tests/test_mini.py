@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ipvg_ray import config
+from ipvg_ray import config, files
 from ipvg_ray.metrics import catalogue
-from ipvg_ray.models import fetch, files, mini
+from ipvg_ray.models import fetch, mini
 
 
 class Makers:

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 from s3_server import s3_server
 
-from ipvg_ray import cli, storage
-from ipvg_ray.models import files, mirror
-from ipvg_ray.models.download import ChecksumError, FetchError
+from ipvg_ray import cli, files, mirror, storage
+from ipvg_ray.errors import ChecksumError, FetchError
 from ipvg_ray.pipeline.staging import node_age
 from ipvg_ray.storage import RunPath, S3Path
 

@@ -275,7 +275,7 @@ def test_settings_timings_and_sessions_are_shown(run: FakeRun) -> None:
     assert "node-7" in text
     assert "2 min 05 s" in text
     assert "video 3 +1 failed 8.0 s, 2 workers" in text
-    assert "video per sample 4 / 4 0 0 2.0 s 8.0 s 2" in text  # 8 s of work over 3 + 1 rows tried
+    assert "video per sample 4 / 4 0 0 2.0 s 8.0 s 2 –" in text  # 8 s of work over 3 + 1 rows tried
     assert "mini-wan-vace" in text
     assert "format vip200k" in text
 
@@ -294,6 +294,17 @@ def test_models_are_those_that_a_stage_used() -> None:
     stages = {name: {"inputs": value} for name, value in inputs.items()}
     found = facts.models({"config": config, "stages": stages}, list(stages))
     assert found == {"prompts": ["raw"], "evaluate": ["buffalo_l", "raft.pth"]}
+
+
+def test_what_was_lost_with_nodes_and_how_long_a_first_row_took_is_shown(run: FakeRun) -> None:
+    timing = {"rows": 3, "failed": 0, "busy_seconds": 8.0, "workers": 2, "first_row_seconds": 95.0}
+    lost = {"batches": 3, "notices": 1, "executions": "nonsense"}
+    run.run_json({"sessions": [session("complete", video=timing) | {"lost": lost}, session("complete")]})
+    text = Page(run.page()).text
+    assert "video per sample 4 / 4 0 0 2.3 s 16.0 s 2 1 min 35 s" in text
+    assert "1 node was taken away after a notice" in text
+    assert "3 batches were begun again elsewhere" in text
+    assert "from its checkpoints" not in text
 
 
 def test_notice_of_miniature_models_stands_only_on_their_profile(run: FakeRun) -> None:

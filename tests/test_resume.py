@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from pathlib import Path
@@ -22,7 +23,7 @@ from ipvg_ray import tables
 from ipvg_ray.pipeline import run as engine
 from ipvg_ray.pipeline.lease import RunLockedError, lock
 from ipvg_ray.pipeline.ledger import Event, TryLedger
-from ipvg_ray.pipeline.plan import PlanError, make_steps
+from ipvg_ray.pipeline.plan import QUEUED, PlanError, make_steps
 from ipvg_ray.pipeline.stage import RowError, WorkerBrokenError
 from ipvg_ray.pipeline.status import status
 from ipvg_ray.pipeline.store import Store, batch_digest, new_session, row_seeds
@@ -123,7 +124,9 @@ def test_the_same_batch_again_is_read_back(tmp_path: Path) -> None:
         raise AssertionError("computed again")
 
     worker.stage.process = explode  # type: ignore[method-assign]
-    assert worker(batch).equals(first)
+    again = worker(batch)
+    assert again.drop_columns([QUEUED]).equals(first.drop_columns([QUEUED]))
+    assert again[QUEUED][0].as_py() > first[QUEUED][0].as_py(), "it leaves now"
 
 
 def test_a_worker_that_died_is_counted_and_the_row_set_aside(tmp_path: Path) -> None:
@@ -261,6 +264,13 @@ def test_status_reads_a_run_without_touching_it(tmp_path: Path) -> None:
     assert (found.stages["third"].counts.done, found.stages["third"].counts.lost) == (9, 3)
     with lock(asked.run_dir):
         assert str(os.getpid()) in str(status(asked.run_dir, asked.stages).running)
+    run = tables.read_run(asked.run_dir)
+    stages = {"third": {"first_row_seconds": 12.5}}
+    run["sessions"] = [{"lost": {"batches": 2, "notices": 1}, "stages": stages}, {"lost": {"batches": 3}}]
+    (asked.run_dir / "run.json").write_text(json.dumps(run))
+    found = status(asked.run_dir, asked.stages)
+    assert found.lost == {"batches": 5, "notices": 1}
+    assert [stage.first_row_seconds for stage in found.stages.values()] == [0.0, 0.0, 12.5]
 
 
 def test_seeds_differ_by_run_row_and_stage() -> None:
@@ -289,18 +299,12 @@ def test_plans_that_cannot_run_say_everything() -> None:
 
 def test_columns_travel_only_as_far_as_they_are_needed() -> None:
     steps = make_steps(request(Path("unused")).stages)
-    assert steps[0].arriving.names == ["identity_id", "_samples", "_attempt", "image_width", "image_height"]
-    assert steps[1].arriving.names == [
-        "identity_id",
-        "sample_id",
-        "prompt_id",
-        "_attempt",
-        "prompt",
-        "total",
-        "image_height",
-    ]
-    assert steps[2].arriving.names == ["identity_id", "sample_id", "prompt_id", "_attempt", "text", "image_height"]
-    assert steps[2].leaving.names == ["identity_id", "sample_id", "prompt_id", "_attempt"]
+    of_identity, of_sample = ["identity_id", "_samples"], ["identity_id", "sample_id", "prompt_id"]
+    counted = ["_attempt", "_queued"]
+    assert steps[0].arriving.names == [*of_identity, *counted, "image_width", "image_height"]
+    assert steps[1].arriving.names == [*of_sample, *counted, "prompt", "total", "image_height"]
+    assert steps[2].arriving.names == [*of_sample, *counted, "text", "image_height"]
+    assert steps[2].leaving.names == [*of_sample, *counted]
     assert [type(step.stage) for step in steps] == list(STAGES) == [First, Second, Third]
 
 

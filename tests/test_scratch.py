@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from engine_driver import freeze_fake, request
-from engine_inprocess import make_worker
+from engine_inprocess import drive, make_worker
 
+from ipvg_ray import tables
 from ipvg_ray.pipeline import run as engine
-from ipvg_ray.pipeline.scratch import RunScratch
+from ipvg_ray.pipeline.compact import compact
+from ipvg_ray.pipeline.scratch import RunScratch, owner_of, tidy
 from ipvg_ray.pipeline.store import FencedError, Store, new_session
 
 
@@ -62,3 +65,30 @@ def test_a_worker_gives_its_stage_the_scratch_of_its_fingerprint(tmp_path: Path)
     assert one["third"] != other["third"], "it is configured otherwise"
     assert len(set(one.values())) == 3
     assert one["third"].startswith("third-")
+
+
+def test_work_that_nobody_goes_on_from_is_removed(tmp_path: Path) -> None:
+    store = session(tmp_path)
+    for owner in ("done-1", "open-1", "open-0", "set-aside-1", "other-1"):
+        RunScratch(store, owner).write("row", b"state")
+    tidy(store, {"done": "1", "open": "1", "set-aside": "1"}, {"done"})
+    left = {p.name for p in (tmp_path / "_engine/scratch").iterdir()}
+    assert left == {"open-1", "set-aside-1", "other-1"}, "not of a stage that this start does not run"
+
+
+def test_a_run_keeps_the_work_of_rows_set_aside_until_it_is_compacted(tmp_path: Path) -> None:
+    asked = request(tmp_path / "run", bad={"third:id00000/prompt0": "row-error"})
+    this = drive(asked, identities=2, prompts=1)
+    this.store.begin()
+    kept = [RunScratch(this.store, owner_of(name, made.digest)) for name, made in this.prints.items()]
+    for scratch in kept:
+        scratch.write("row", b"state")
+    this.tidy(this.survey().counts)
+    assert [scratch.read("row") for scratch in kept] == [None, None, b"state"], "--retry-failures goes on from it"
+    this.store.end()
+    compact(tmp_path / "run")
+    assert kept[2].read("row") == b"state", "of a run that was not at its end"
+    run = tables.read_run(tmp_path / "run")
+    (tmp_path / "run/run.json").write_text(json.dumps(run | {"sessions": [{"outcome": "complete"}]}))
+    compact(tmp_path / "run")
+    assert kept[2].read("row") is None

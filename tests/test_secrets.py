@@ -28,6 +28,7 @@ PLANTED = {
     "OPENAI_API_KEY": "planted-endpoint-key-4711",
     "HF_TOKEN": "planted-hub-token-0815",
     "MY_DB_PASSWORD": "planted-password-hunter2",
+    "OTEL_EXPORTER_OTLP_HEADERS": "authorization=planted-collector-key",
 }
 
 
@@ -98,12 +99,13 @@ def leaks(folder: Path) -> list[str]:
 def test_a_run_that_fails_amid_secrets_holds_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in PLANTED.items():
         monkeypatch.setenv(name, value)
-    asked = request(tmp_path / "run")
+    asked = request(tmp_path / "run", traces=True)
     asked.stages[0] = Leaky(asked.stages[0].config)  # type: ignore[index]
     drive(asked)
     failures = tables.read_table(tmp_path / "run", "failures").to_pylist()
     assert {f["identity_id"] for f in failures} == {"id00001", "id00002"}
     assert "[OPENAI_API_KEY]" in failures[0]["message"]
+    assert list((tmp_path / "run/traces").glob("*.jsonl"))
     assert leaks(tmp_path / "run") == []
     (tmp_path / "run/planted").write_text(PLANTED["HF_TOKEN"])
     assert leaks(tmp_path / "run") == ["planted: HF_TOKEN"], "the scan itself finds what is there"
@@ -116,7 +118,7 @@ def test_a_run_on_ray_its_logs_and_its_report_hold_none(tmp_path: Path, monkeypa
     for name, value in PLANTED.items():
         monkeypatch.setenv(name, value)
     bad = {"first:id00001": "raise", "second:id00000/prompt1": "exit", "third:id00002/prompt0": "segfault"}
-    result = engine.run(request(tmp_path / "run", batch=2, bad=bad), freeze_fake(4, 2))
+    result = engine.run(request(tmp_path / "run", batch=2, bad=bad, traces=True), freeze_fake(4, 2))
     assert result.failed == 3
     write_report(tmp_path / "run")
     assert (tmp_path / "run/report.html").is_file()

@@ -61,6 +61,13 @@ def test_what_cannot_run_is_refused_before_it_is_sent(
     assert message in capsys.readouterr().err
 
 
+def test_a_job_is_told_where_traces_go_but_no_keys() -> None:
+    told = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318", "OTEL_TRACES_SAMPLER_ARG": "0.01"}
+    keys = {"OTEL_EXPORTER_OTLP_HEADERS": "authorization=Bearer x", "OTEL_EXPORTER_OTLP_TRACES_HEADERS": "a=b"}
+    keys |= {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "https://me:secret@collector", "AWS_SECRET_ACCESS_KEY": "x"}
+    assert cli_submit._telemetry(told | keys) == told
+
+
 def test_the_log_for_machines_tells_rows_by_stage(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "_engine/s1")
     seen = Progress({"a": Counts(10, 4, 1, 0, 5)}, {"a": "sample"}, 1.0)
@@ -71,6 +78,7 @@ def test_the_log_for_machines_tells_rows_by_stage(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "_engine/s1/log.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == ["progress", "note"]
     wanted = {"total": 10, "done": 4, "running": 0, "waiting": 5, "failed": 1, "rows_per_second": 0.0}
+    wanted["first_row_seconds"] = 0.0
     assert lines[0]["stages"] == progress_of(seen) == {"a": wanted}
     assert lines[1]["message"] == "é"
 

@@ -77,6 +77,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
     stop_grace_s: float = Field(30.0, ge=0)
+    traces: bool = False
 
     @model_validator(mode="after")
     def _one_face_pack(self) -> Config:

@@ -14,23 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from ipvg_ray.errors import UserError
-from ipvg_ray.models import files
+from ipvg_ray import files
+from ipvg_ray.errors import ChecksumError, FetchError
 
 Report = Callable[[str], object]
 _BLOCK = 1 << 20
 
 
-class FetchError(UserError, ValueError):
-    """A model that could not be had; the message says why and what mends it."""
-
-
 class NetworkError(FetchError):
     """The other side could not be reached, or kept breaking off. What came is kept and the next try goes on from it."""
-
-
-class ChecksumError(FetchError):
-    """What came is not what was announced; it is thrown away."""
 
 
 class UnsafeArchiveError(FetchError):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 
-from ipvg_ray.models import files
+from ipvg_ray import files
 from ipvg_ray.models.face_networks import Detector, chunks, embeddings, gender_age, landmarks
 from ipvg_ray.models.face_pack import Provider, open_pack
 

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ipvg_ray.models import files, registry
-from ipvg_ray.models.download import ChecksumError, FetchError, NetworkError, Report, download, unzip
+from ipvg_ray import files
+from ipvg_ray.errors import ChecksumError, FetchError
+from ipvg_ray.models import registry
+from ipvg_ray.models.download import NetworkError, Report, download, unzip
 from ipvg_ray.models.registry import HubSource, Model, UrlSource
 
 __all__ = ["ChecksumError", "FetchError", "Item", "LicenceError", "Missing", "NetworkError"]

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 
 from ipvg_ray import tables
 from ipvg_ray.pipeline.lease import RunLockedError, lock
+from ipvg_ray.pipeline.scratch import FOLDER
 from ipvg_ray.pipeline.store import FINGERPRINT, MERGED, MERGED_FROM, Store, batch_digest, new_session
-from ipvg_ray.storage import RunPath, parquet
+from ipvg_ray.storage import RunPath, parquet, remove_folder
 
 _SMALL = 0.5
 """Parts below this share of the wanted size are merged; larger ones are left alone."""
@@ -25,6 +26,9 @@ _SMALL = 0.5
 
 def compact(run_dir: RunPath, part_bytes: int = 256 << 20) -> dict[str, tuple[int, int]]:
     """Merge the small parts of every table of a run that nobody is working in.
+
+    Of a run that has come to its end work in progress is removed too: rows that were set aside begin anew if they are
+    tried again.
 
     Args:
         part_bytes: size that merged parts are to reach, about; compressed bytes.
@@ -36,13 +40,18 @@ def compact(run_dir: RunPath, part_bytes: int = 256 << 20) -> dict[str, tuple[in
         NotARunError: where the folder is no run.
         RunLockedError: where another process is at work in it.
     """
-    names = [*tables.read_run(run_dir)["stages"], "failures"]
+    run = tables.read_run(run_dir)
+    names = [*run["stages"], "failures"]
+    complete = (run.get("sessions") or [{}])[-1].get("outcome") == "complete"
     lost = threading.Event()
     with contextlib.closing(lock(run_dir, lost.set)):
         store = Store(run_dir.resolve(), new_session())
         store.begin()
         try:
-            return {name: _compact_table(store, name, part_bytes, lost) for name in names}
+            found = {name: _compact_table(store, name, part_bytes, lost) for name in names}
+            if complete:
+                remove_folder(store.engine_dir / FOLDER)
+            return found
         finally:
             store.end()
 

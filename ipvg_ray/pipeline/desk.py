@@ -51,6 +51,9 @@ class _Desk(TryLedger):
     def lost(self) -> dict[str, int]:
         return {"batches": self.lost_tries, "notices": len(self.notices)}
 
+    def loading_on(self) -> list[str]:
+        return [who.node for workers in self.loading.values() for who in workers]
+
     def begin(self, event: Event, who: Who) -> list[Who]:
         self.events.append(event)
         return super().begin(event, who)
@@ -80,6 +83,14 @@ def lost(desk: Any) -> dict[str, int]:
         return dict(ray.get(desk.lost.remote(), timeout=10))
     except ray.exceptions.RayError:
         return {}
+
+
+def loading(desk: Any) -> list[str]:
+    """Nodes on which workers are loading, one for each; those of lost nodes may be among them."""
+    try:
+        return list(ray.get(desk.loading_on.remote(), timeout=10))
+    except ray.exceptions.RayError:
+        return []
 
 
 def ledger_at(desk: Any, store: Store) -> Ledger:

@@ -23,7 +23,7 @@ from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.deaths import LastWords, keep_traces, oom_kills, trace_folder
 from ipvg_ray.pipeline.desk import ledger_at, listening
 from ipvg_ray.pipeline.groups import LedGroup
-from ipvg_ray.pipeline.lead import bound_lead
+from ipvg_ray.pipeline.lead import GivenUpError, bound_lead
 from ipvg_ray.pipeline.ledger import Event, Who
 from ipvg_ray.pipeline.places import claimed, places
 from ipvg_ray.pipeline.plan import Step, rows_ahead
@@ -150,7 +150,7 @@ def execute(
         try:
             for _ in dataset.iter_internal_ref_bundles() if dataset is not None else ():
                 pass
-        except (ray.exceptions.RayError, ExecutionTimeoutError) as error:
+        except (ray.exceptions.RayError, ExecutionTimeoutError, GivenUpError) as error:
             raise _explained(error) from error
 
 
@@ -284,7 +284,9 @@ class _StageActor:
         self.spot = Watch(noticed, leave=lambda: os._exit(0))
         device, ranks = "cuda" if asks.gpus else "cpu", spec.step.stage.ranks()
         group = LedGroup(ranks, device, asks.threads, claimed(office) if office else None) if ranks else None
-        self.worker = Worker(spec, "cpu" if group else device, ledger_at(desk, spec.store), who, last_words, group)
+        gpus = here.get_accelerator_ids().get("GPU", [])
+        ledger = ledger_at(desk, spec.store)
+        self.worker = Worker(spec, "cpu" if group else device, ledger, who, last_words, group, gpus)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         with self.spot.batch():
@@ -300,7 +302,7 @@ def _explained(error: BaseException) -> BaseException:
         return WorkerStartError("\n".join(lines[:_WORDS]).rstrip())
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, (*_LOSSES, ExecutionTimeoutError, StorageError)):
+        if isinstance(seen, (*_LOSSES, ExecutionTimeoutError, GivenUpError, StorageError)):
             return LossError(f"{type(seen).__name__}: {seen}".partition("\n")[0])
         seen = getattr(seen, "cause", None) or seen.__cause__
     return error

@@ -27,12 +27,26 @@ _DEALING = "StreamingRepartition"
 """Ray's name for operators that only cut the stream into other blocks."""
 
 
+class GivenUpError(Exception):
+    """The execution was given up; the message says why."""
+
+
+_given_up: list[str] = []
+"""Why the execution under way is given up, if it is. Ray Data has no call to end one from another thread."""
+
+
+def give_up(why: str) -> None:
+    """End the execution that is under way in this process with a `GivenUpError`, from any thread."""
+    _given_up.append(why)
+
+
 def bound_lead(context: DataContext, rows_ahead: Mapping[str, int]) -> None:
     """Let at most about so many rows wait in front of each stage, beside those that are being made.
 
     Args:
         rows_ahead: rows by stage name; each at least two batches of the stage, so that a batch can fill up.
     """
+    _given_up.clear()
     context.set_config(_ROWS, dict(rows_ahead))
     policies = [*ENABLED_BACKPRESSURE_POLICIES, LeadPolicy]
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, policies)
@@ -63,7 +77,12 @@ class LeadPolicy(BackpressurePolicy):
         return not self._enough(op)
 
     def max_task_output_bytes_to_read(self, op: Any) -> int | None:
-        """Bytes that may be taken from tasks that are under way: readers wait while nothing is taken."""
+        """Bytes that may be taken from tasks that are under way: readers wait while nothing is taken.
+
+        Asked in every turn of Ray Data's own loop. Raises GivenUpError.
+        """
+        if _given_up:
+            raise GivenUpError(_given_up[0])
         return 0 if self._enough(op) else None
 
 

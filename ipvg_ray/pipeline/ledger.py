@@ -25,6 +25,7 @@ class Who:
         trace: file in which the process leaves its last words; see `ipvg_ray.pipeline.deaths`.
         oom_kills: processes that the node's kernel had killed for memory when this one began.
         alone: of a try: whether no other batch was in work in the process, so that its death can be nobody else's.
+        began: of a try: when, seconds since 1970.
     """
 
     worker: str
@@ -34,6 +35,7 @@ class Who:
     trace: str
     oom_kills: int = 0
     alone: bool = True
+    began: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Event:
 
     Attributes:
         alone: of one that begins: whether no other batch is in work in the process.
+        at: of one that begins: when, seconds since 1970.
+        node: of one that begins: the id of the node it is in work on.
         closed: of one that has ended: whether its rows are on disk; else it was taken apart.
         node_age: of a process's first: seconds from its node's start until then.
     """
@@ -50,6 +54,8 @@ class Event:
     batch: str
     began: int = 0
     alone: bool = True
+    at: float = 0.0
+    node: str = ""
     ended: bool = False
     closed: bool = False
     done: int = 0
@@ -127,7 +133,7 @@ class TryLedger:
         earlier = [w for w in self.tries.get(batch, []) if w.process != who.process]
         died = [w for w in earlier if not self.node_lost(w.node)]
         self.lost_tries += len(earlier) - len(died)
-        self.tries[batch] = [*died, dataclasses.replace(who, alone=event.alone)]
+        self.tries[batch] = [*died, dataclasses.replace(who, alone=event.alone, began=event.at)]
         return died
 
     def end(self, event: Event) -> None:

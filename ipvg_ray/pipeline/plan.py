@@ -16,6 +16,8 @@ SAMPLES = "_samples"
 """Column of identity rows that carries the identity's samples until they part ways."""
 ATTEMPT = "_attempt"
 """How often the row has been tried at the stage it enters at, this try included."""
+QUEUED = "_queued"
+"""When the row was read, or left the stage in front: seconds since 1970."""
 
 
 _BATCHES_AHEAD = 4
@@ -102,13 +104,10 @@ def make_steps(stages: Sequence[Stage]) -> list[Step]:
 
 def keys_of(grain: str) -> list[pa.Field]:
     """The key fields that rows of a grain carry from stage to stage."""
-    text = pa.string()
+    text, counted = pa.string(), [pa.field(ATTEMPT, pa.int32()), pa.field(QUEUED, pa.float64())]
     if grain == "identity":
-        return [pa.field("identity_id", text), pa.field(SAMPLES, samples_type()), pa.field(ATTEMPT, pa.int32())]
-    return [
-        *(pa.field(name, text) for name in ("identity_id", "sample_id", "prompt_id")),
-        pa.field(ATTEMPT, pa.int32()),
-    ]
+        return [pa.field("identity_id", text), pa.field(SAMPLES, samples_type()), *counted]
+    return [*(pa.field(name, text) for name in ("identity_id", "sample_id", "prompt_id")), *counted]
 
 
 def carried(stages: Sequence[Stage], index: int) -> list[tuple[str, str]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -18,6 +19,7 @@ from ipvg_ray.pipeline.metrics import Meters
 from ipvg_ray.pipeline.plan import Step
 from ipvg_ray.pipeline.rundir import ChangedError, Freeze, Opened, Request, fork, now, opened, require_models
 from ipvg_ray.pipeline.runlog import RunLog, progress_of
+from ipvg_ray.pipeline.stall import StallWatch
 from ipvg_ray.pipeline.survey import Counts
 from ipvg_ray.pipeline.tickets import write_tickets
 from ipvg_ray.pipeline.worker import WorkerSpec
@@ -95,19 +97,27 @@ def run(request: Request, freeze: Freeze) -> Result:
                 this.store.write_run(this.run)
                 log.close()
         result.counts = this.survey().counts
+        this.tidy(result.counts)
         return result
 
 
 def specs(this: Opened, request: Request) -> dict[str, WorkerSpec]:
-    """How each stage's workers are made."""
+    """How each stage's workers are made. Raises TracesError where traces are asked for that cannot be sent."""
+    traces: Mapping[str, Any] = {}
+    if request.traces:
+        from ipvg_ray.pipeline.traces import traces_of  # only where they are wanted
+
+        traces = traces_of(this.steps, this.run.get("id") or this.run["created"])
     return {
-        step.name: WorkerSpec(step, this.store, request.seed, this.prints[step.name].digest, request.max_deaths)
+        step.name: WorkerSpec(
+            step, this.store, request.seed, this.prints[step.name].digest, request.max_deaths, traces.get(step.name)
+        )
         for step in this.steps
     }
 
 
 def _execute(this: Opened, request: Request, seen: shown.Progress, terminal: TextIO, log: RunLog) -> None:
-    from ipvg_ray.pipeline import execute  # Ray takes a second to import; `plan` and `status` do without it
+    from ipvg_ray.pipeline import execute, lead, space  # Ray takes a second to import; `status` does without it
 
     def say(line: str) -> None:
         print(line, file=terminal, flush=True)
@@ -116,6 +126,8 @@ def _execute(this: Opened, request: Request, seen: shown.Progress, terminal: Tex
     try:
         execute.connect()
         meters = Meters(this.steps, str(this.store.run_dir))
+        stays = request.in_turn or not os.environ.get("RAY_ADDRESS")
+        stall = StallWatch(space.room, space.HELPER_CPUS, say, lead.give_up if stays else None)
         # Signals again: ray.init puts its own handlers in place.
         with _signals(this, request.grace_s, terminal), shown.Display(seen, terminal) as display:
 
@@ -124,8 +136,13 @@ def _execute(this: Opened, request: Request, seen: shown.Progress, terminal: Tex
                 meters.add(events, seen)
                 display.tick()
                 log.tick(seen)
+                stall.look(events)
 
-            _go_on_after_losses(this, lambda: _execute_once(this, request, on_events, say, seen), seen, say)
+            _go_on_after_losses(this, lambda: _execute_once(this, request, on_events, say, seen, stall), seen, say)
+        if request.traces:
+            from ipvg_ray.pipeline.traces import linger
+
+            linger()
     finally:
         execute.shutdown()
 
@@ -136,10 +153,11 @@ def _execute_once(
     on_events: Callable[[Sequence[Any]], None],
     say: Callable[[str], None],
     seen: shown.Progress,
+    stall: StallWatch,
 ) -> None:
     """Do what is missing, in as many executions as the machine needs."""
     from ipvg_ray.pipeline import execute, space
-    from ipvg_ray.pipeline.desk import lost, make_desk
+    from ipvg_ray.pipeline.desk import loading, lost, make_desk
 
     first = next((i for i, step in enumerate(this.steps) if len(this.found.entry[step.name])), len(this.steps))
     for number, group in enumerate(space.phases(this.steps[first:], request.in_turn, say)):
@@ -154,6 +172,7 @@ def _execute_once(
         }
         # A ledger for each: what broke off before says nothing of the rows that were in work then.
         desk = make_desk()
+        stall.restart(functools.partial(loading, desk))
         try:
             execute.execute(group, specs(this, request), tickets, on_events, desk)
         finally:

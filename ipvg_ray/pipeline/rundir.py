@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,11 +23,12 @@ from ipvg_ray import tables
 from ipvg_ray.config import DatasetConfig
 from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline import fingerprint as fp
+from ipvg_ray.pipeline import scratch
 from ipvg_ray.pipeline.lease import lock
 from ipvg_ray.pipeline.plan import PlanError, Step, make_steps
 from ipvg_ray.pipeline.stage import Stage
 from ipvg_ray.pipeline.store import Store, new_session, remove_table
-from ipvg_ray.pipeline.survey import Survey, survey
+from ipvg_ray.pipeline.survey import Counts, Survey, survey
 from ipvg_ray.storage import RunPath, TornPartError, copy_file, folders, make_folder, parquet, remove_folder
 
 Freeze = Callable[[Path], dict[str, Any]]
@@ -57,6 +58,7 @@ class Request:
         in_turn: run stages in groups that fit the nodes there are now, also on a cluster that others started.
         max_deaths: worker deaths after which a row is set aside.
         grace_s: seconds that rows in work have to finish when the run is asked to stop.
+        traces: whether the rows' way is traced; see `ipvg_ray.pipeline.traces`.
     """
 
     run_dir: RunPath
@@ -68,6 +70,7 @@ class Request:
     in_turn: bool = False
     max_deaths: int = 3
     grace_s: float = 30.0
+    traces: bool = False
 
 
 @dataclass
@@ -96,6 +99,12 @@ class Opened:
         """Ask readers and workers, of this session and of those that may follow, to begin nothing more."""
         self.stopping = True
         self.store.stop()
+
+    def tidy(self, counts: Mapping[str, Counts]) -> None:
+        """Remove work in progress that nobody will go on from; `counts` say how the stages stand now."""
+        done = [name for name, count in counts.items() if count.done == count.total]
+        if not self.lost:
+            scratch.tidy(self.store, _digests(self.prints), done)
 
     def renew(self) -> None:
         """Begin a session anew: workers of the last one that may still live can write nothing more."""
@@ -214,7 +223,8 @@ def _read_or_freeze(store: Store, request: Request, freeze: Freeze) -> dict[str,
             else:
                 for file in sorted((staging / name).iterdir()):
                     copy_file(file, target / file.name)
-    run = {"version": 1, "created": now(), "config": request.config, "stages": {}, "sessions": []}
+    run = {"version": 1, "id": uuid.uuid4().hex, "created": now(), "config": request.config}
+    run |= {"stages": {}, "sessions": []}
     run["dataset"] = {**dataset, "digest": dataset_digest(store.run_dir)}
     store.write_run(run)
     return run
@@ -365,7 +375,7 @@ def fork(old: RunPath, request: Request) -> list[str]:
             if _stages_of(part) <= {"dataset", *kept}:
                 copy_file(part, made / "failures" / part.name)
         run |= {"config": request.config, "stages": {name: known[name] for name in kept}, "sessions": []}
-        run |= {"created": now(), "forked_from": str(old.resolve())}
+        run |= {"id": uuid.uuid4().hex, "created": now(), "forked_from": str(old.resolve())}
         store = Store(made, new_session())
         store.begin()
         store.write_run(run)

@@ -51,7 +51,8 @@ class RunLog:
 
 
 def progress_of(seen: Progress) -> dict[str, dict[str, Any]]:
-    """Rows of each stage: total, finished, running, waiting, failed, and rows a second over the last minute."""
+    """Rows of each stage: total, finished, running, waiting, failed, and rows a second over the last minute; and the
+    longest that a node was up before its first row of the stage began."""
     now = time.monotonic()
     return {
         name: {
@@ -61,6 +62,7 @@ def progress_of(seen: Progress) -> dict[str, dict[str, Any]]:
             "waiting": stage.waiting,
             "failed": stage.all_failed,
             "rows_per_second": round(stage.rate(now), 4),
+            "first_row_seconds": round(stage.first_row, 1),
         }
         for name, stage in seen.stages.items()
     }

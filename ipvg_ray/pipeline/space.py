@@ -11,8 +11,9 @@ from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.places import rank_asks
 from ipvg_ray.pipeline.plan import Step
 from ipvg_ray.pipeline.stage import Ranks
+from ipvg_ray.pipeline.stall import Room
 
-_HELPER_CPUS = 1.0
+HELPER_CPUS = 1.0
 """What Ray Data's own tasks, which cut streams into batches, want free on one node; it cannot be lowered."""
 
 
@@ -52,10 +53,18 @@ def phases(steps: Sequence[Step], in_turn: bool, say: Callable[[str], None]) -> 
     return groups
 
 
+def room() -> Room:
+    """What the cluster has now. What is free on each node Ray tells only to developers (ray < 2.64)."""
+    alive = {node["NodeID"]: node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]}
+    free = ray._private.state.available_resources_per_node()  # type: ignore[attr-defined]
+    most = max((free.get(node, {}).get("CPU", 0.0) for node in alive), default=0.0)
+    return Room(frozenset(alive), sum(alive.values()), most)
+
+
 def _lacking(steps: Sequence[Step], there: dict[str, float], cards: Sequence[float]) -> str:
     """What these steps' smallest pools, and Ray Data's own tasks, want beyond what is there; empty where they fit."""
     pools = [step.stage.resources() for step in steps]
-    wanted = {"CPU": _HELPER_CPUS + sum(p.cpus * p.min_workers for p in pools) + sum(map(_rank_cpus, steps))}
+    wanted = {"CPU": HELPER_CPUS + sum(p.cpus * p.min_workers for p in pools) + sum(map(_rank_cpus, steps))}
     wanted["memory"] = sum(p.memory_gb * 2**30 * p.min_workers for p in pools)
     wanted["GPU"] = sum(sum(_card_asks(step)) for step in steps)
     short = [

@@ -6,7 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ipvg_ray import mirror
 from ipvg_ray.pipeline.stage import Stage
+from ipvg_ray.storage import run_path
 
 
 def take_models(stages: Sequence[Stage]) -> list[str]:
@@ -17,9 +19,6 @@ def take_models(stages: Sequence[Stage]) -> list[str]:
     Raises:
         FetchError: where the mirror lacks one, or this machine's disk has no room.
     """
-    from ipvg_ray.models import mirror
-    from ipvg_ray.storage import run_path
-
     taken = []
     for stage in stages:
         models = getattr(stage.config, "models", None)

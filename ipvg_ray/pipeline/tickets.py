@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ipvg_ray.pipeline.plan import ATTEMPT, SAMPLES, Step, carried, samples_type
+from ipvg_ray.pipeline.plan import ATTEMPT, QUEUED, SAMPLES, Step, carried, samples_type
 from ipvg_ray.pipeline.survey import Index, Survey
 from ipvg_ray.storage import RunPath, parquet, run_path
 
@@ -119,6 +120,7 @@ def _rebuild(tickets: TicketFile, chosen: pa.Table, indexes: dict[str, Index]) -
     for table, column in tickets.columns:
         wanted.setdefault(table, []).append(column)
     values: dict[str, pa.ChunkedArray | pa.Array] = {ATTEMPT: chosen[ATTEMPT]}
+    values[QUEUED] = pa.array([time.time()] * chosen.num_rows, pa.float64())
     for table, columns in wanted.items():
         read = gather(indexes[table], chosen[table].to_numpy(), columns)
         values |= {column: read[column] for column in columns}

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,14 +29,17 @@ from ipvg_ray import tables
 from ipvg_ray.errors import UserError
 from ipvg_ray.pipeline.deaths import Death, LastWords, inquest
 from ipvg_ray.pipeline.ledger import Event, Ledger, Who
-from ipvg_ray.pipeline.plan import ATTEMPT, SAMPLES, Step
-from ipvg_ray.pipeline.scratch import RunScratch
+from ipvg_ray.pipeline.plan import ATTEMPT, QUEUED, SAMPLES, Step
+from ipvg_ray.pipeline.scratch import RunScratch, owner_of
 from ipvg_ray.pipeline.stage import Group, Row, RowError, Stage, StageContext, WorkerBrokenError
 from ipvg_ray.pipeline.staging import node_age, take_models
 from ipvg_ray.pipeline.store import FencedError, Store, batch_digest, failures_table, row_seeds
 from ipvg_ray.pipeline.turns import Turns
 from ipvg_ray.secrets import redact
 from ipvg_ray.storage import StorageError
+
+if TYPE_CHECKING:
+    from ipvg_ray.pipeline.traces import Tracer, Traces
 
 _KEYS = ("identity_id", "sample_id", "prompt_id")
 _BROKEN = re.compile(r"CUDA error|CUDA failure|cuDNN error|CUDNN_STATUS|CUBLAS_STATUS|illegal memory access")
@@ -65,6 +68,7 @@ class WorkerSpec:
     run_seed: int
     fingerprint: str
     max_deaths: int = 3
+    traces: Traces | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Worker:
         last_words: what this process leaves when it dies, and ends it when a row takes too long; without it no time
             limit holds.
         group: the ranks that it leads, if any.
+        gpus: ids of the cards that it was given, for traces.
 
     Raises:
         WorkerStartError: where `setup` raises, or has taken its process down `max_deaths` times.
@@ -99,6 +104,7 @@ class Worker:
         who: Who,
         last_words: LastWords | None = None,
         group: Ranked | None = None,
+        gpus: Sequence[str] = (),
     ) -> None:
         self.spec = spec
         self.step = spec.step
@@ -114,6 +120,7 @@ class Worker:
             where = f"{self.store.run_dir} is not seen on {os.uname().nodename}, or another start has taken it over"
             raise WorkerStartError(f"{where}; put run directory and models on storage that all nodes share")
         self.journal = Journal(self.store, self.stage.name)
+        self.tracer = _tracer(spec, who, gpus)
         self._setup(device, group)
 
     def _setup(self, device: str, group: Ranked | None) -> None:
@@ -131,7 +138,7 @@ class Worker:
             take_models([self.stage])
             if group:
                 group.start()
-            scratch = RunScratch(self.store, f"{name}-{self.spec.fingerprint}")
+            scratch = RunScratch(self.store, owner_of(name, self.spec.fingerprint))
             run_dir = str(self.store.run_dir)
             self.stage.setup(StageContext(device, asks.threads, self.store, run_dir, scratch, group))
         except StorageError:
@@ -165,7 +172,10 @@ class Worker:
 
     def _begin(self, digest: str, rows: int, alone: bool) -> list[Who]:
         age, self.fresh = node_age() if self.fresh else 0.0, False
-        return self.ledger.begin(Event(self.stage.name, digest, began=rows, alone=alone, node_age=age), self.who)
+        event = Event(
+            self.stage.name, digest, began=rows, alone=alone, at=time.time(), node=self.who.node, node_age=age
+        )
+        return self.ledger.begin(event, self.who)
 
     def _failed_before(self, digest: str) -> set[str]:
         try:
@@ -176,12 +186,18 @@ class Worker:
 
     def _tried(self, batch: pa.Table, keys: list[str], digest: str, died: list[Who], mates: int) -> pa.Table:
         """Finish a batch, as a whole or row by row; `mates` rows of the batch that it was taken from run without it."""
-        started = time.perf_counter()
+        started, begun = time.perf_counter(), time.time()
+        if self.tracer and died:
+            self.tracer.died(batch, died[-1])
         apart = len(keys) > 1 and (bool(died) or self.store.was_taken_apart(self.stage.name, digest))
         outcome = None if apart else self._outcome(batch, digest, died, mates)
         if outcome is not None:
             self._publish(keys, digest, outcome, time.perf_counter() - started)
+            if self.tracer:
+                self.tracer.ended(batch, outcome.failures, begun, waited=not (died or mates))
             return outcome.finished
+        if self.tracer and not apart:
+            self.tracer.ended(batch, [], begun, waited=True, apart=True)
         # Delivered again, for whatever reason, it must be taken apart again and read back row by row.
         self.store.take_apart(self.stage.name, digest)
         self.ledger.end(Event(self.stage.name, digest, ended=True))
@@ -291,6 +307,7 @@ class Worker:
         passed = batch if whole else batch.take(pc.index_in(finished[self.step.key], value_set=keys.combine_chunks()))
         columns: dict[str, Any] = {name: passed[name] for name in passed.column_names}
         columns[ATTEMPT] = pa.array([1] * passed.num_rows, pa.int32())
+        columns[QUEUED] = pa.array([time.time()] * passed.num_rows, pa.float64())
         columns |= {name: finished[name] for name in self.step.leaving.names if name in self.step.table.columns}
         table = pa.table([columns[n] for n in self.step.leaving.names], names=self.step.leaving.names)
         table = table.cast(self.step.leaving)
@@ -312,6 +329,18 @@ class Worker:
             "attempt": row[ATTEMPT],
             "failed_at": datetime.now(UTC),
         }
+
+
+def _tracer(spec: WorkerSpec, who: Who, gpus: Sequence[str]) -> Tracer | None:
+    """What traces a worker's rows, where that is asked for. Raises WorkerStartError."""
+    if spec.traces is None:
+        return None
+    from ipvg_ray.pipeline.traces import Tracer, TracesError  # only where they are wanted
+
+    try:
+        return Tracer(spec.traces, spec.step, spec.store, who, gpus)
+    except TracesError as error:
+        raise WorkerStartError(str(error)) from error
 
 
 class Journal:

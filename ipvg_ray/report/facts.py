@@ -20,12 +20,14 @@ _CREDENTIALS = re.compile(r"([a-z][a-z0-9+.-]*://)[^/@\s]+@", re.IGNORECASE)
 
 @dataclass
 class Timing:
-    """What one stage has done in one session, or in all. `busy` is the sum of its workers' seconds at work."""
+    """What one stage has done in one session, or in all. `busy` is the sum of its workers' seconds at work, `first_row`
+    the longest that a node was up before its first row began, s."""
 
     rows: int = 0
     failed: int = 0
     busy: float = 0.0
     workers: int = 0
+    first_row: float = 0.0
 
     @property
     def per_row(self) -> float | None:
@@ -36,13 +38,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Session:
-    """One start of the run. Times are texts for people; `seconds` is None while it runs, or where it was killed."""
+    """One start of the run. Times are texts for people; `seconds` is None while it runs, or where it was killed; `lost`
+    says in words what went with nodes."""
 
     started: str
     seconds: float | None
     outcome: str
     host: str
     stages: dict[str, Timing] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
@@ -70,16 +74,29 @@ def _session(one: Mapping[str, Any]) -> Session:
             failed=int(number(mapping(timing).get("failed")) or 0),
             busy=number(mapping(timing).get("busy_seconds")) or 0.0,
             workers=int(number(mapping(timing).get("workers")) or 0),
+            first_row=number(mapping(timing).get("first_row_seconds")) or 0.0,
         )
         for name, timing in mapping(one.get("stages")).items()
     }
     outcome = one.get("outcome") or ("" if one.get("ended") else "not ended")
     seconds = number(one.get("seconds"))
-    return Session(moment(one.get("started")), seconds, str(outcome), str(one.get("host") or ""), stages)
+    lost = losses(mapping(one.get("lost")))
+    return Session(moment(one.get("started")), seconds, str(outcome), str(one.get("host") or ""), stages, lost)
+
+
+def losses(lost: Mapping[str, Any]) -> list[str]:
+    """What was lost with nodes, in words; nothing of what was not."""
+    words = {
+        "notices": ("node was taken away after a notice", "nodes were taken away after a notice"),
+        "batches": ("batch was begun again elsewhere", "batches were begun again elsewhere"),
+        "executions": ("time the run went on from its checkpoints", "times the run went on from its checkpoints"),
+    }
+    counts = {kind: int(number(lost.get(kind)) or 0) for kind in words}
+    return [f"{n} {words[kind][n != 1]}" for kind, n in counts.items() if n]
 
 
 def totals(all_sessions: list[Session]) -> dict[str, Timing]:
-    """Each stage's timings summed over sessions; of the workers, the most."""
+    """Each stage's timings summed over sessions; of the workers and of what a first row took, the most."""
     result: dict[str, Timing] = {}
     for session in all_sessions:
         for name, timing in session.stages.items():
@@ -88,6 +105,7 @@ def totals(all_sessions: list[Session]) -> dict[str, Timing]:
             total.failed += timing.failed
             total.busy += timing.busy
             total.workers = max(total.workers, timing.workers)
+            total.first_row = max(total.first_row, timing.first_row)
     return result
 
 

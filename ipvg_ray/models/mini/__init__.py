@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ipvg_ray.models import files
+from ipvg_ray import files
 
 VERSION = 5
 """Raise it when any maker below, or an architecture it builds, gives other bytes for the same seed."""

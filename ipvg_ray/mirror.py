@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ipvg_ray.models import files
-from ipvg_ray.models.download import ChecksumError, FetchError
+from ipvg_ray import files
+from ipvg_ray.errors import ChecksumError, FetchError
 from ipvg_ray.storage import RunPath, copy_file
 
 _FILES_AT_ONCE = 4

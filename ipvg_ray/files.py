@@ -1,4 +1,4 @@
-"""Files of models: checksums, a lock between processes, and JSON that is written whole or not at all."""
+"""Files on disk: checksums, a lock between processes, and JSON that is written whole or not at all."""
 
 from __future__ import annotations
 

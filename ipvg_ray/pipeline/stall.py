@@ -1,0 +1,100 @@
+"""A run that stands still is named, and where that can mend it, given up: when nothing is in work and no CPU is free.
+
+Ray Data's own tasks, which read rows and deal them to the pools, take free CPUs. Where a cluster has lost nodes since
+the run began, or was never large enough, pools may fill it, and these tasks wait for ever, without a word.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ipvg_ray.pipeline.ledger import Event
+
+_NAMED_S = 60.0
+"""Seconds without any sign from the workers after which the cluster is looked at."""
+_GIVEN_UP_S = 180.0
+_EVERY_S = 10.0
+
+
+@dataclass(frozen=True)
+class Room:
+    """A cluster's living nodes, its CPUs, and the most of them that are free on one node."""
+
+    nodes: frozenset[str]
+    cpus: float
+    free: float
+
+
+@dataclass
+class StallWatch:
+    """Looks whether a run stands still.
+
+    Attributes:
+        room: what the cluster has; asked only where the workers are silent.
+        needed: CPUs that must be free on one node for rows to be read and dealt.
+        say: told once for each time that it stands still.
+        give_up: called, with why, where it goes on standing still; None where nodes may still come.
+        clock: seconds.
+        loading: nodes on which workers are loading now; asked as `room` is.
+        open: per stage and batch in work, its node.
+        since: when the run was last seen to move.
+        due: when to look again.
+        said: whether it was named since.
+    """
+
+    room: Callable[[], Room]
+    needed: float
+    say: Callable[[str], None]
+    give_up: Callable[[str], None] | None = None
+    clock: Callable[[], float] = time.monotonic
+    loading: Callable[[], Sequence[str]] = tuple
+    open: dict[tuple[str, str], str] = field(default_factory=dict)
+    since: float = 0.0
+    due: float = 0.0
+    said: bool = False
+
+    def __post_init__(self) -> None:
+        self.restart(self.loading)
+
+    def restart(self, loading: Callable[[], Sequence[str]] = tuple) -> None:
+        """Begin to count anew, as with each execution."""
+        self.loading = loading
+        self.open.clear()
+        self.since, self.said = self.clock(), False
+        self.due = self.since + _NAMED_S
+
+    def look(self, events: Sequence[Event]) -> None:
+        """Take in what workers told, if anything, and look; call often."""
+        now = self.clock()
+        if events:
+            self.since, self.due, self.said = now, now + _NAMED_S, False
+        for event in events:
+            if event.began:
+                self.open[event.stage, event.batch] = event.node
+            if event.ended:
+                self.open.pop((event.stage, event.batch), None)
+        if now < self.due:
+            return
+        self.due = now + _EVERY_S
+        room = self.room()
+        if room.free >= self.needed or any(node in room.nodes for node in (*self.open.values(), *self.loading())):
+            self.since = now  # rows can be dealt, or something is in work or loads
+            return
+        silent = now - self.since
+        why = (
+            f"no row is in work, and of the cluster's {room.cpus:g} CPUs no node has {self.needed:g} free, which "
+            "reading and dealing rows take: the pools fill it"
+        )
+        if not self.said:
+            self.said = True
+            mend = (
+                ""
+                if self.give_up
+                else "; if no nodes will come, stop the run and go on with --in-turn or smaller pools"
+            )
+            self.say(f"nothing moves: {why}{mend}")
+        if self.give_up and silent >= _GIVEN_UP_S:
+            self.due = now + _GIVEN_UP_S
+            self.give_up(why)
