@@ -11,8 +11,9 @@ pytest.importorskip("ray")
 
 import ray
 
-from ipvg_ray.pipeline import groups
+from ipvg_ray.pipeline import crew, groups
 from ipvg_ray.pipeline.groups import GroupBrokenError, LedGroup, _Watch
+from ipvg_ray.pipeline.processes import Processes
 from ipvg_ray.pipeline.stage import Ranks, RowError
 from ipvg_ray.pipeline.store import FencedError
 from ipvg_ray.storage import StorageError
@@ -50,16 +51,13 @@ def led(monkeypatch: pytest.MonkeyPatch) -> Any:
         group = LedGroup(Ranks(2, lambda context: None, rebuilds=2), "cpu", 1)
 
         def stand() -> None:
-            if not group.ranks:
+            if group.crew is None:
                 group.builds += 1
                 calls = [lambda method, args, number=number: number for number in range(len(answers))]
-                group.ranks = [SimpleNamespace(call=SimpleNamespace(remote=call)) for call in calls]
-
-        def close() -> None:
-            group.ranks = []
+                ranks = [SimpleNamespace(call=SimpleNamespace(remote=call)) for call in calls]
+                group.crew = SimpleNamespace(ranks=ranks, end=lambda: None)  # type: ignore[assignment]
 
         monkeypatch.setattr(group, "_stand", stand)
-        monkeypatch.setattr(group, "close", close)
         return group
 
     return make
@@ -114,15 +112,11 @@ def test_a_group_waits_for_its_nodes_before_it_is_made_anew(monkeypatch: pytest.
 
 
 def test_a_rank_has_the_models_on_its_node_before_it_loads_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch.distributed as dist
-
-    rank = object.__new__(groups._Rank.__ray_metadata__.modified_class)
-    rank.rank, rank.ranks, did = 0, 1, []
-    monkeypatch.setattr(groups, "take_models", did.append)
+    rank = object.__new__(crew.RankProcess.__ray_metadata__.modified_class)
+    rank.rank, rank.before, did = 0, Processes(), []
+    monkeypatch.setattr(crew, "take_models", did.append)
     stage: Any = SimpleNamespace()
-    asked = Ranks(1, lambda context: did.append(context.rank), stage=stage)
-    try:
-        rank.setup(asked, rank.bind("127.0.0.1"), "cpu", 1)
-    finally:
-        dist.destroy_process_group()
-    assert did == [[stage], 0]
+    meeting = SimpleNamespace(join=lambda place, context: did.append(place))
+    rank.take_on(Ranks(1, lambda context: did.append(context.rank), stage=stage, rendezvous=meeting), None)
+    rank.setup("where they meet", "cpu", 1)
+    assert did == [[stage], "where they meet", 0]

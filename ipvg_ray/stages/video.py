@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ipvg_ray.media import images
+from ipvg_ray.models.rendezvous import TorchRendezvous
 from ipvg_ray.pipeline.stage import RankContext, Ranks, Resources, Row, RowError, Stage, StageContext
 from ipvg_ray.storage import run_path
 
@@ -67,7 +68,16 @@ class VideoStage(Stage):
         if group.gpus == 1:
             return None
         make = functools.partial(_make_rank, section, self.models()["model"])
-        return Ranks(group.gpus, make, group.across_nodes, group.stall_s, group.rebuilds, type(self)(self.config))
+        return Ranks(
+            group.gpus,
+            make,
+            group.across_nodes,
+            group.stall_s,
+            group.rebuilds,
+            stage=type(self)(self.config),
+            rendezvous=TorchRendezvous(),
+            warm=_import_ahead if group.reserve else None,
+        )
 
     def notes(self) -> Sequence[str]:
         """Which layouts of cards make most videos an hour, and which a video soonest."""
@@ -221,6 +231,12 @@ def _make_rank(section: VideoConfig, folder: Path, context: RankContext) -> Any:
     from ipvg_ray.models.wan.maker import VideoRank
 
     return VideoRank(section, folder, context)
+
+
+def _import_ahead() -> None:
+    from ipvg_ray.models.wan.load import import_ahead
+
+    import_ahead()
 
 
 def _unfinished() -> RowError:

@@ -65,6 +65,20 @@ def load(folder: Path, task: Task, *, dtype: torch.dtype, device: str, shift: fl
     return Parts(transformers, vae, scheduler)
 
 
+def import_ahead() -> None:
+    """Import what `load` will, and touch neither files nor cards; seconds of a new process's start."""
+    import accelerate  # noqa: F401
+    from diffusers import (  # noqa: F401 # diffusers imports a class's module when the class is first named
+        AutoencoderKLWan,
+        UniPCMultistepScheduler,
+        WanTransformer3DModel,
+        WanVACETransformer3DModel,
+    )
+    from diffusers.loaders import single_file_utils  # noqa: F401
+
+    from ipvg_ray.models.wan import maker  # noqa: F401
+
+
 def load_text_encoder(folder: Path, *, dtype: torch.dtype, device: str) -> TextEncoder:
     """Load UMT5 and its tokenizer from the same folder.
 
