@@ -133,18 +133,17 @@ class LedGroup:
         except BaseException:
             self.close()
             raise
-        if self.asked.warm is not None:  # only now: its imports would slow down those of the ranks
-            self.reserve = self._recruit(self.crew.told)
 
     def _build(self) -> None:
-        self._muster()
-        assert self.crew is not None
-        host = self.crew.told[0].address if self.asked.across_nodes else _HERE
-        place = self._all([self.ranks[0].open.remote(host)], limit_s=BUILD_SECONDS)
-        setups = [rank.setup.remote(place, self.device, self.threads) for rank in self.ranks]
+        crew = self._muster()
+        host = crew.told[0].address if self.asked.across_nodes else _HERE
+        place = self._all([crew.ranks[0].open.remote(host)], limit_s=BUILD_SECONDS)
+        setups = [rank.setup.remote(place, self.device, self.threads) for rank in crew.ranks]
         self._all(setups, limit_s=BUILD_SECONDS)
+        if self.asked.warm is not None:  # only now: its imports would slow down the ranks' start
+            self.reserve = self._recruit(crew.told)
 
-    def _muster(self) -> None:
+    def _muster(self) -> Crew:
         """Have processes for all ranks: the reserve, if all of it lives, else new ones."""
         if self.reserve is not None:
             self.crew, self.reserve = self.reserve, None
@@ -154,11 +153,13 @@ class LedGroup:
                 logger.warning("the processes in reserve are not all there: %s", error)
                 self._disband()
         self.crew = self._recruit()
-        self._call_roll(self.crew)
+        return self._call_roll(self.crew)
 
-    def _call_roll(self, crew: Crew) -> None:
+    def _call_roll(self, crew: Crew) -> Crew:
+        """The crew, once all of it has told where it is."""
         calls = [rank.process.remote() for rank in crew.ranks]
         crew.present(self._all(calls, limit_s=BUILD_SECONDS, every=True), here=not self.asked.across_nodes)
+        return crew
 
     def _recruit(self, before: Sequence[Whereabouts] = ()) -> Crew:
         host = ray.util.get_node_ip_address() if self.asked.across_nodes else _HERE

@@ -55,19 +55,27 @@ class VideoStage(Stage):
         self.needs = (*pictures, *text)  # type: ignore[misc] # of this configuration
 
     def models(self) -> Mapping[str, Path]:
-        return {"model": self.config.models.path(self.config.video.model)}
+        section, path = self.config.video, self.config.models.path
+        loras = {f"loras.{i}": path(lora.path) for i, lora in enumerate(section.loras)}
+        return {"model": path(section.model), **loras}
 
     def resources(self) -> Resources:
         """On a pool with GPUs as many as the group has."""
         asks, cards = super().resources(), self.config.video.group.gpus
         return dataclasses.replace(asks, gpus=cards) if asks.gpus and cards > 1 else asks
 
+    def _section(self) -> VideoConfig:
+        """The section as whoever loads the model needs it: LoRA files named by their whole paths."""
+        section = self.config.video
+        whole = [lora.model_copy(update={"path": str(self.config.models.path(lora.path))}) for lora in section.loras]
+        return section.model_copy(update={"loras": tuple(whole)})
+
     def ranks(self) -> Ranks | None:
         section = self.config.video
         group = section.group
         if group.gpus == 1:
             return None
-        make = functools.partial(_make_rank, section, self.models()["model"])
+        make = functools.partial(_make_rank, self._section(), self.models()["model"])
         return Ranks(
             group.gpus,
             make,
@@ -98,6 +106,8 @@ class VideoStage(Stage):
         """Without how often the state is kept, unless a cache is emptied then, and without who shares the work."""
         settings = super().fingerprint_settings()
         del settings["group"]
+        for lora in settings["loras"]:
+            del lora["path"]  # what is in the file counts
         if self.config.video.cache.kind == "none":
             del settings["save_every"]
         return settings
@@ -110,7 +120,7 @@ class VideoStage(Stage):
         if context.group is None:
             from ipvg_ray.models.wan.maker import VideoMaker
 
-            self._maker = VideoMaker(section, folder, context.device)
+            self._maker = VideoMaker(self._section(), folder, context.device)
             self._make: Make = self._maker.make
         else:
             self._make = functools.partial(context.group.run, "make")
