@@ -14,7 +14,7 @@ import ray
 
 from ipvg_ray.models.rendezvous import TorchRendezvous
 from ipvg_ray.pipeline.groups import LedGroup
-from ipvg_ray.pipeline.places import claimed
+from ipvg_ray.pipeline.places import Room, claimed
 from ipvg_ray.pipeline.stage import RankContext, Ranks
 
 
@@ -103,7 +103,7 @@ class Leader:
         return self.group.builds
 
     def take_place(self, office: Any) -> None:
-        self.group.place = claimed(office)
+        self.group.room = Room(claimed(office))
 
     def cards(self) -> list[str]:
         """Which card each rank of a group on this worker's cards would see."""

@@ -16,8 +16,8 @@ _NEGATIVE = (
     "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
     "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
-"""`sample_neg_prompt` of the code of Wan 2.1, Wan 2.2 and VACE: garish, overexposed, static, blurred details, subtitles,
-worst quality, badly drawn hands and faces, fused fingers, three legs, walking backwards and the like."""
+"""`sample_neg_prompt` of the code of Wan 2.1, Wan 2.2 and VACE: garish, overexposed, static, blurred, subtitles, worst
+quality, badly drawn hands and faces, fused fingers, three legs, walking backwards and the like."""
 _VACE = {
     "model": "Wan2.1-VACE-14B-diffusers", "width": 832, "height": 480, "frames": 81, "fps": 16, "steps": 50,
     "shift": 16.0, "guidance": 5.0, "negative_prompt": _NEGATIVE,
@@ -93,7 +93,8 @@ class VideoConfig(StageSection):
     the person cut from it, or the one that `first_frame.reference.enhance` draws. `branches` together computes
     branches of guidance in one forward, `together` so many videos: both cost memory. `save_every` steps a video's state
     is kept beside the run, for another worker to go on from (0: never). `text_in_worker` loads UMT5 into the video
-    workers, in place of the stage text_states. `storage` fp8 keeps weights in 8 bits: lossy. `loras` are added to the
+    workers, in place of the stage text_states. `storage` fp8, fp8_scaled and fp8_matmul keep weights in 8 bits, the
+    last multiplies in 8 bits too: LOSSY, and the last two want the package torchao. `loras` are added to the
     weights, in their order. `solver` euler is first order, as step-distilled LoRAs want it.
     """
 
@@ -121,7 +122,7 @@ class VideoConfig(StageSection):
     together: int = Field(1, ge=1)
     branches: Literal["in_turn", "together"] = "in_turn"
     dtype: DType = "bfloat16"
-    storage: Literal["dtype", "fp8"] = "dtype"
+    storage: Literal["dtype", "fp8", "fp8_scaled", "fp8_matmul"] = "dtype"
     attention: str = "auto"
     compile: bool = False
     cache: CacheConfig = CacheConfig()
@@ -150,6 +151,8 @@ class VideoConfig(StageSection):
             raise ValueError(f"guide tpige weakens VACE's hints; task {self.task} has none: use guide cfg")
         if self.task == "i2v-A14B" and self.boundary is None:
             raise ValueError("task i2v-A14B has two experts and needs boundary, such as 0.9")
+        if self.storage == "fp8_matmul" and self.dtype != "bfloat16":
+            raise ValueError(f"storage fp8_matmul gives bfloat16, and dtype is {self.dtype}: use dtype bfloat16")
         if self.task != "i2v-A14B" and any(lora.expert != "both" for lora in self.loras):
             raise ValueError(f"loras name an expert, and task {self.task} has one transformer: leave expert out")
         if self.cache.kind != "none" and self.compile:
@@ -190,7 +193,7 @@ class VideoConfig(StageSection):
         if where == "whole":
             return self
         for field, chosen, mend in (
-            ("storage fp8", self.storage == "fp8", "storage: dtype"),
+            (f"storage {self.storage}", self.storage != "dtype", "storage: dtype"),
             ("cache.kind first_block", self.cache.kind == "first_block", "cache.kind: taylorseer or none"),
             ("compile", self.compile, "compile: false"),
         ):

@@ -10,12 +10,13 @@ import socket
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import ray
 
 from ipvg_ray.pipeline.processes import Processes
+from ipvg_ray.pipeline.spot import Ear, Notice
 from ipvg_ray.pipeline.stage import RankContext, Ranks
 from ipvg_ray.pipeline.staging import take_models
 
@@ -47,6 +48,7 @@ class RankProcess:
         self.steps, self.words = 0, "starting"
         self.asked: Ranks
         self.before = Processes()
+        self.ear = Ear()
         self.target: Any = None
         connection = socket.create_connection(leader, timeout=_CONNECT_SECONDS)
         threading.Thread(target=_die_with, args=(connection,), daemon=True).start()
@@ -90,6 +92,12 @@ class RankProcess:
     def progress(self) -> tuple[int, str]:
         """How many signs of life it has given, and the last one."""
         return self.steps, self.words
+
+    @ray.method(concurrency_group="watch")
+    def notice(self) -> Notice | None:
+        """The notice of its node, if one was given."""
+        notice = self.ear.notice()
+        return replace(notice, node=ray.get_runtime_context().get_node_id()) if notice else None
 
     @ray.method(concurrency_group="watch")
     def process(self) -> Whereabouts:

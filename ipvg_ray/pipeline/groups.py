@@ -15,13 +15,15 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from ipvg_ray.pipeline.crew import Crew, Seat, Whereabouts
-from ipvg_ray.pipeline.places import await_place, in_order_of_nodes
+from ipvg_ray.pipeline.places import Room
+from ipvg_ray.pipeline.spot import Notice
 from ipvg_ray.pipeline.stage import Ranks, RowError
 from ipvg_ray.pipeline.store import FencedError
 from ipvg_ray.storage import StorageError
@@ -34,6 +36,7 @@ _LOOK_SECONDS = 1.0
 """How often the leader asks its ranks how far they are, while none has ended."""
 _GRACE_SECONDS = 3.0
 """In which the other ranks must raise too, once one has: then it was the row, and not one rank's own trouble."""
+_NOTICE_SECONDS = 10.0
 _HERE = "127.0.0.1"
 _INHERITED = (
     "OMP_NUM_THREADS",
@@ -55,14 +58,14 @@ class LedGroup:
         asked: what the stage wants.
         device: of the ranks, `cuda` or `cpu`.
         threads: that each may use.
-        place: where groups may span nodes, the placement group with a bundle for each rank.
+        room: where groups may span nodes, where their ranks work.
     """
 
-    def __init__(self, asked: Ranks, device: str, threads: int, place: Any = None) -> None:
+    def __init__(self, asked: Ranks, device: str, threads: int, room: Room | None = None) -> None:
         self.asked = asked
         self.device = device
         self.threads = threads
-        self.place = place
+        self.room = room
         self.crew: Crew | None = None
         self.reserve: Crew | None = None
         self.turn = threading.Lock()
@@ -115,6 +118,16 @@ class LedGroup:
             self.crew.end()
             self.crew = None
 
+    def notice(self) -> Notice | None:
+        """Of a node on which one of the ranks works, and which will be taken away; asked from any thread."""
+        asked = [rank.notice.remote() for rank in self.ranks]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_NOTICE_SECONDS) if asked else ([], [])
+        for ref in answered:
+            with suppress(ray.exceptions.RayError):  # a rank that is gone is the business of who called it
+                if (notice := ray.get(ref)) is not None:
+                    return notice
+        return None
+
     @property
     def ranks(self) -> list[Any]:
         """The processes that stand."""
@@ -125,8 +138,8 @@ class LedGroup:
     def _stand(self) -> None:
         if self.crew is not None:
             return
-        if self.place is not None:
-            await_place(self.place)  # after a lost node Ray looks for another; no rebuild helps before that is there
+        if self.room is not None:
+            self.room.wait()  # after a lost node Ray looks for another; no rebuild helps before that is there
         self.builds += 1
         try:
             self._build()
@@ -168,12 +181,12 @@ class LedGroup:
     def _seats(self) -> list[Seat]:
         """For each rank where it works."""
         env = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-        if self.place is not None:
+        if self.room is not None:
             # Rank and reserve share what is set aside for one; Ray tells both of the same card.
             share = {"num_gpus": 0.5 if self.asked.warm else 1} if self.device == "cuda" else {}
             return [
-                Seat({"scheduling_strategy": PlacementGroupSchedulingStrategy(self.place, bundle), **share}, env)
-                for bundle in in_order_of_nodes(self.place)
+                Seat({"scheduling_strategy": PlacementGroupSchedulingStrategy(self.room.place, bundle), **share}, env)
+                for bundle in self.room.bundles()
             ]
         here = ray.get_runtime_context()
         there = {"scheduling_strategy": NodeAffinitySchedulingStrategy(here.get_node_id(), soft=False)}
