@@ -15,9 +15,10 @@ import psutil
 import pytest
 import ray
 from group_ranks import Adder, Leader, asking, journal, pids
-from ray.util.placement_group import placement_group_table
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
-from ipvg_ray.pipeline.places import places
+from ipvg_ray.pipeline.groups import LedGroup
+from ipvg_ray.pipeline.places import Room, places
 from ipvg_ray.pipeline.stage import Resources, RowError
 
 pytestmark = pytest.mark.slow
@@ -207,6 +208,22 @@ def test_each_rank_sees_one_card_of_its_leader(cluster: None, tmp_path: Path) ->
         ray.get(wrong.cards.remote())
     for leader in (first, second, wrong):
         ray.kill(leader)
+
+
+@ray.remote(num_cpus=0)
+class Card:
+    def seen(self) -> list[str]:
+        return ray.get_runtime_context().get_accelerator_ids()["GPU"]
+
+
+def test_a_rank_and_its_reserve_have_the_same_card(cluster: None, tmp_path: Path) -> None:
+    place = placement_group([{"GPU": 1}] * 2)
+    group = LedGroup(asking(functools.partial(Adder, tmp_path), across_nodes=True), "cuda", 1, Room(place))
+    crews = [[Card.options(**seat.options).remote() for seat in group._seats()] for _ in range(2)]
+    ranks, reserve = (ray.get([card.seen.remote() for card in crew], timeout=60) for crew in crews)
+    assert ranks == reserve
+    assert len({card for (card,) in ranks}) == 2
+    remove_placement_group(place)
 
 
 def test_a_group_that_spans_nodes_gives_its_place_back(cluster: None, tmp_path: Path) -> None:

@@ -38,9 +38,11 @@ class Whereabouts(NamedTuple):
     address: str
 
 
-@ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"watch": 1})  # type: ignore[call-overload]
+@ray.remote(  # type: ignore[call-overload]
+    num_cpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"watch": 1, "spot": 1}
+)
 class RankProcess:
-    """One rank's process. Only methods of the group `watch` are answered while it works."""
+    """One rank's process. Only methods of the groups `watch` and `spot` are answered while it works."""
 
     def __init__(self, rank: int, env: dict[str, str], leader: tuple[str, int]) -> None:
         os.environ.update(env)  # before torch is imported, which reads the cards and the threads once
@@ -93,7 +95,7 @@ class RankProcess:
         """How many signs of life it has given, and the last one."""
         return self.steps, self.words
 
-    @ray.method(concurrency_group="watch")
+    @ray.method(concurrency_group="spot")  # outside of clouds the first answer takes seconds
     def notice(self) -> Notice | None:
         """The notice of its node, if one was given."""
         notice = self.ear.notice()

@@ -282,15 +282,20 @@ class _StageActor:
             desk.leaving.remote(node)
             drain(node, notice)
 
-        device, ranks = "cuda" if asks.gpus else "cpu", spec.step.stage.ranks()
+        self.group: LedGroup | None = None
+
+        def others() -> Notice | None:
+            return self.group.notice() if self.group else None
+
+        # Ray starts this actor again on another node, and gives it what was not begun.
+        self.spot = Watch(noticed, leave=lambda: os._exit(0), others=others if office else None)
         room = None
         if office:
             waiting = last_words.pause if last_words else nullcontext
             room = Room(claimed(office), lambda node: bool(ray.get(desk.is_lost.remote(node))), waiting)
-        group = LedGroup(ranks, device, asks.threads, room) if ranks else None
-        # Ray starts this actor again on another node, and gives it what was not begun.
-        others = group.notice if group and room else None
-        self.spot = Watch(noticed, leave=lambda: os._exit(0), others=others)
+            room.wait()  # before the start is noted, which a node that comes late must not count against
+        device, ranks = "cuda" if asks.gpus else "cpu", spec.step.stage.ranks()
+        group = self.group = LedGroup(ranks, device, asks.threads, room) if ranks else None
         self.worker = Worker(spec, "cpu" if group else device, ledger_at(desk, spec.store), who, last_words, group)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

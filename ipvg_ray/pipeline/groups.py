@@ -1,8 +1,8 @@
 """Groups: a worker that leads one rank process per card, all working on one row at a time.
 
 The worker is the Ray Data actor; it holds the cards, and its ranks are child actors that hold none and are told which
-card is theirs. Ranks talk to each other through torch.distributed. A peer that is gone leaves the others waiting in
-NCCL or gloo for up to half an hour, so nobody waits for that: the leader looks at all of them, and when one dies,
+card is theirs. Ranks talk to each other through what their stage chooses. A peer that is gone leaves the others waiting
+in NCCL or gloo for up to half an hour, so nobody waits for that: the leader looks at all of them, and when one dies,
 raises alone, or none of them gets any further, it ends every rank's process and makes the group anew.
 
 Most of what a new process does is to import libraries; so a stage that says which has a second crew in reserve.
@@ -131,7 +131,8 @@ class LedGroup:
     @property
     def ranks(self) -> list[Any]:
         """The processes that stand."""
-        return self.crew.ranks if self.crew is not None else []
+        crew = self.crew  # other threads ask too
+        return crew.ranks if crew is not None else []
 
     # -- making it -------------------------------------------------------------------------------------------------
 
