@@ -207,6 +207,8 @@ def test_the_fast_profile_takes_the_gpu_profile_s_pools_and_the_published_settin
     assert stage.models()["loras.0"] == fast.models.root / "wan2.1_t2v_14b_lora_rank64_lightx2v_4step.safetensors"
     assert stage._section().loras[0].path == str(stage.models()["loras.0"])
     assert stage.fingerprint_settings()["loras"] == [{"scale": 1.0, "expert": "both"}]
+    assert stage.notes()[0] == "lossy: loras; compare the scores of a run without"
+    assert not any("lossy" in note for note in VideoStage(gpu).notes())
 
 
 def test_an_expert_is_for_the_task_that_has_some() -> None:

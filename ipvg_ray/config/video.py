@@ -205,3 +205,14 @@ class VideoConfig(StageSection):
     def most_branches(self) -> int:
         """Evaluations of the network that a step needs at most."""
         return (2 if max(self.guidance, self.guidance_low or 0) > 1 else 1) + (self.guide == "tpige")
+
+    @property
+    def lossy(self) -> list[str]:
+        """The settings that trade quality for speed or memory."""
+        chosen = {
+            "loras": bool(self.loras),
+            f"storage {self.storage}": self.storage != "dtype",
+            f"cache.kind {self.cache.kind}": self.cache.kind != "none",
+            f"attention {self.attention}": "sage" in self.attention,
+        }
+        return [words for words, there in chosen.items() if there]

@@ -88,9 +88,11 @@ class VideoStage(Stage):
         )
 
     def notes(self) -> Sequence[str]:
-        """Which layouts of cards make most videos an hour, and which a video soonest."""
+        """What is lossy; which layouts of cards make most videos an hour, and which a video soonest."""
+        lossy = self.config.video.lossy
+        said = [f"lossy: {', '.join(lossy)}; compare the scores of a run without"] if lossy else []
         if not self.settings.pool.gpus:
-            return ()
+            return said
         from ipvg_ray.models.wan import layouts
 
         section, group = self.config.video, self.config.video.group
@@ -100,7 +102,7 @@ class VideoStage(Stage):
         references = int(section.task in ("vace-r2v", "vace-i2v+ref"))
         job = layouts.Job(shape, *size, section.steps, section.most_branches, references)
         card = layouts.CARDS.get(section.pool.accelerator_type or "", layouts.CARDS["H100"])
-        return layouts.advice(job, card, max(8, group.gpus), (group.cfg, group.ring, group.ulysses))
+        return [*said, *layouts.advice(job, card, max(8, group.gpus), (group.cfg, group.ring, group.ulysses))]
 
     def fingerprint_settings(self) -> dict[str, Any]:
         """Without how often the state is kept, unless a cache is emptied then, and without who shares the work."""
