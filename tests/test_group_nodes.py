@@ -13,6 +13,7 @@ import ray
 from group_ranks import Adder, asking, journal
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from test_spot import Cloud, metadata
 
 from ipvg_ray.pipeline.groups import LedGroup
@@ -64,7 +65,8 @@ def test_the_leader_hears_the_notice_of_its_rank_s_node_and_waits_for_another(
 ) -> None:
     made, doomed, cloud = cluster
     place = placement_group([{"CPU": 1}] * 2, strategy="PACK")
-    leader = Leader.remote(tmp_path, place)
+    here = NodeAffinitySchedulingStrategy(made.head_node.node_id, soft=False)
+    leader = Leader.options(scheduling_strategy=here).remote(tmp_path, place)
     expected = ray.get(leader.run.remote(5, 4))
     assert ray.get(leader.notice.remote()) is None
     cloud.taken = True
