@@ -2,7 +2,8 @@
 
 One rank, so that nothing is split: what is more is the hand-off alone. The bare call is the same maker of videos in
 this process; both in turn, `--repeat` times, medians. Then the hand-off of full-size frames without any model, the time
-to start a group of two, and from a rank's kill to the next attempt's first sign of life.
+to start a group of two, and from a rank's kill to the next attempt's first sign of life: without processes in reserve,
+with them, and with them where the next kill comes before the reserve has imported its libraries.
 
 usage: python benchmarks/groups.py [--repeat 7] [--kills 5] [--steps 4]
 """
@@ -10,6 +11,7 @@ usage: python benchmarks/groups.py [--repeat 7] [--kills 5] [--steps 4]
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import os
 import signal
@@ -30,6 +32,8 @@ import torch
 
 from ipvg_ray import config
 from ipvg_ray.models.mini import wan_vace
+from ipvg_ray.models.rendezvous import TorchRendezvous
+from ipvg_ray.models.wan.load import import_ahead
 from ipvg_ray.models.wan.maker import VideoMaker, VideoRank
 from ipvg_ray.models.wan.tasks import Pictures
 from ipvg_ray.models.wan.video import Sample
@@ -73,7 +77,8 @@ def sample() -> tuple[list[Sample], torch.Tensor]:
 
 
 def hand_off(section: Any, folder: Path, signs: Path, repeat: int) -> None:
-    group = LedGroup(Ranks(1, functools.partial(Rank, section, folder, signs)), "cpu", 1)
+    make = functools.partial(Rank, section, folder, signs)
+    group = LedGroup(Ranks(1, make, rendezvous=TorchRendezvous()), "cpu", 1)
     print(f"start of a group of 1: {seconds(group.start):.1f} s")
     bare, work = VideoMaker(section, folder, "cpu"), sample()
     bare.make(*work)
@@ -96,10 +101,24 @@ def hand_off(section: Any, folder: Path, signs: Path, repeat: int) -> None:
 
 
 def rebuilds(section: Any, folder: Path, signs: Path, kills: int) -> None:
-    group = LedGroup(Ranks(2, functools.partial(Rank, section, folder, signs), rebuilds=kills), "cpu", 1)
+    make = functools.partial(Rank, section, folder, signs)
+    asked = Ranks(2, make, rebuilds=kills, rendezvous=TorchRendezvous(), warm=import_ahead)
+    bare = dataclasses.replace(asked, warm=None)
+    start, base = _waits(bare, signs, kills, ready=False)
+    print(f"start of a group of 2: {start:.1f} s; from a kill to the next attempt, without reserve: {_words(base)}")
+    for words, ready in (("reserve ready", True), ("kill upon kill", False)):
+        _, waits = _waits(asked, signs, kills, ready)
+        print(f"  {words}: {_words(waits)}, ratio {statistics.median(waits) / statistics.median(base):.2f}")
+
+
+def _waits(asked: Ranks, signs: Path, kills: int, ready: bool) -> tuple[float, list[float]]:
+    """Seconds to start a group, and from each kill to the next attempt; `ready`: the reserve has imported by then."""
+    group = LedGroup(asked, "cpu", 1)
     start = seconds(group.start)
     waits = []
     for _ in range(kills):
+        if ready and group.reserve is not None:
+            ray.get([rank.take_on.remote(asked, None) for rank in group.reserve.ranks])
         running = threading.Thread(target=group.run, args=("work", 100))
         before = len(told(signs))
         running.start()
@@ -110,11 +129,11 @@ def rebuilds(section: Any, folder: Path, signs: Path, kills: int) -> None:
         running.join()
         waits.append(min(float(sign[0]) for sign in told(signs) if float(sign[0]) > killed) - killed)
     group.close()
-    worst, median = max(waits), statistics.median(waits)
-    print(
-        f"start of a group of 2: {start:.1f} s; from a kill to the next attempt: median {median:.1f} s, "
-        f"worst of {kills} {worst:.1f} s, ratio to the start {median / start:.2f}"
-    )
+    return start, waits
+
+
+def _words(waits: list[float]) -> str:
+    return f"median {statistics.median(waits):.1f} s, worst of {len(waits)} {max(waits):.1f} s"
 
 
 def told(signs: Path) -> list[list[str]]:

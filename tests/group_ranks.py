@@ -12,8 +12,9 @@ from typing import Any
 
 import ray
 
+from ipvg_ray.models.rendezvous import TorchRendezvous
 from ipvg_ray.pipeline.groups import LedGroup
-from ipvg_ray.pipeline.places import claimed
+from ipvg_ray.pipeline.places import Room, claimed
 from ipvg_ray.pipeline.stage import RankContext, Ranks
 
 
@@ -74,13 +75,22 @@ class Adder:
         return len(payload)
 
 
+def import_torch() -> None:
+    import torch.distributed  # noqa: F401
+
+
+def asking(make: Any, size: int = 2, **asked: Any) -> Ranks:
+    """Ranks that add together, with as many in reserve."""
+    return Ranks(size, make, **{"rendezvous": TorchRendezvous(), "warm": import_torch, **asked})
+
+
 @ray.remote(num_cpus=0, max_concurrency=2)
 class Leader:
     """A stage's worker as far as its group is concerned."""
 
     def __init__(self, folder: Path, size: int = 2, **asked: Any) -> None:
         make = functools.partial(Adder, folder)
-        self.group = LedGroup(Ranks(size, make, **asked), "cpu", 1)
+        self.group = LedGroup(asking(make, size, **asked), "cpu", 1)
 
     def start(self) -> int:
         self.group.start()
@@ -93,12 +103,18 @@ class Leader:
         return self.group.builds
 
     def take_place(self, office: Any) -> None:
-        self.group.place = claimed(office)
+        self.group.room = Room(claimed(office))
 
     def cards(self) -> list[str]:
         """Which card each rank of a group on this worker's cards would see."""
         self.group.device = "cuda"
-        return [env["CUDA_VISIBLE_DEVICES"] for _, env in self.group._places()]
+        return [seat.env["CUDA_VISIBLE_DEVICES"] for seat in self.group._seats()]
+
+    def reserve(self) -> list[int]:
+        """Process ids of those in reserve, once they have imported what they shall."""
+        assert self.group.reserve is not None
+        ray.get([rank.take_on.remote(self.group.asked, None) for rank in self.group.reserve.ranks])
+        return [pid for pid, _ in ray.get([rank.process.remote() for rank in self.group.reserve.ranks])]
 
 
 def journal(folder: Path) -> list[dict[str, Any]]:

@@ -75,6 +75,10 @@ def test_each_video_task_brings_its_official_settings(task: str, expected: tuple
         video.guidance_low, video.boundary,
     )  # fmt: skip
     assert config.load("gpu", overrides=[f"video.task={task}", "video.steps=7"]).video.steps == 7
+    words = video.negative_prompt.split("，")
+    assert (len(words), words[0], words[11], words[-1]) == (28, "色调艳丽", "最差质量", "倒着走"), (
+        "as the authors' code"
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +13,11 @@ pytest.importorskip("ray")
 
 import ray
 
-from ipvg_ray.pipeline import groups
+from ipvg_ray.pipeline import crew, groups, places
 from ipvg_ray.pipeline.groups import GroupBrokenError, LedGroup, _Watch
+from ipvg_ray.pipeline.places import Room
+from ipvg_ray.pipeline.processes import Processes
+from ipvg_ray.pipeline.spot import Notice
 from ipvg_ray.pipeline.stage import Ranks, RowError
 from ipvg_ray.pipeline.store import FencedError
 from ipvg_ray.storage import StorageError
@@ -50,16 +55,17 @@ def led(monkeypatch: pytest.MonkeyPatch) -> Any:
         group = LedGroup(Ranks(2, lambda context: None, rebuilds=2), "cpu", 1)
 
         def stand() -> None:
-            if not group.ranks:
+            if group.crew is None:
                 group.builds += 1
                 calls = [lambda method, args, number=number: number for number in range(len(answers))]
-                group.ranks = [SimpleNamespace(call=SimpleNamespace(remote=call)) for call in calls]
-
-        def close() -> None:
-            group.ranks = []
+                notices = [lambda number=number: number for number in range(len(answers))]
+                ranks = [
+                    SimpleNamespace(call=SimpleNamespace(remote=call), notice=SimpleNamespace(remote=notice))
+                    for call, notice in zip(calls, notices, strict=True)
+                ]
+                group.crew = SimpleNamespace(ranks=ranks, end=lambda: None)  # type: ignore[assignment]
 
         monkeypatch.setattr(group, "_stand", stand)
-        monkeypatch.setattr(group, "close", close)
         return group
 
     return make
@@ -106,23 +112,50 @@ def test_a_group_waits_for_its_nodes_before_it_is_made_anew(monkeypatch: pytest.
     """A lost node's bundles come back only with another node; tries before that would all be in vain."""
     ready = [False, False, True]
     place = SimpleNamespace(wait=lambda seconds: ready.pop(0))
-    group = LedGroup(Ranks(2, lambda context: None, True), "cpu", 1, place)
+    monkeypatch.setattr(places, "_nodes", lambda place: {0: "here", 1: "there"})
+    group = LedGroup(Ranks(2, lambda context: None, True), "cpu", 1, Room(place))
     left: list[int] = []
     monkeypatch.setattr(group, "_build", lambda: left.append(len(ready)))
     group.start()
     assert (left, group.builds) == ([0], 1)
 
 
-def test_a_rank_has_the_models_on_its_node_before_it_loads_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch.distributed as dist
+def test_a_group_waits_until_a_node_that_is_to_be_taken_away_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = ["doomed", "doomed", "other"]
+    paused = []
 
-    rank = object.__new__(groups._Rank.__ray_metadata__.modified_class)
-    rank.rank, rank.ranks, did = 0, 1, []
-    monkeypatch.setattr(groups, "take_models", did.append)
+    @contextlib.contextmanager
+    def waiting() -> Iterator[None]:
+        paused.append("begun")
+        yield
+        paused.append("ended")
+
+    monkeypatch.setattr(places, "_nodes", lambda place: {0: "here", 1: nodes.pop(0)})
+    monkeypatch.setattr(places, "_ASK_SECONDS", 0.01)
+    place = SimpleNamespace(wait=lambda seconds: True)
+    Room(place, lost=lambda node: node == "doomed", waiting=waiting).wait()
+    assert nodes == []
+    assert paused == ["begun", "ended"]
+    monkeypatch.setattr(places, "_LEAVE_SECONDS", 0.05)
+    nodes = ["doomed"] * 1000
+    Room(place, lost=lambda node: node == "doomed").wait()
+    assert nodes, "one that stays is used again"
+
+
+def test_the_leader_hears_of_the_node_of_any_rank(led: Any) -> None:
+    notice = Notice("aws", 1.0, "another node")
+    group = led([None, notice, RuntimeError("it is gone")])
+    assert group.notice() is None, "no ranks, no notice"
+    group._stand()
+    assert group.notice() == notice
+
+
+def test_a_rank_has_the_models_on_its_node_before_it_loads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = object.__new__(crew.RankProcess.__ray_metadata__.modified_class)
+    rank.rank, rank.before, did = 0, Processes(), []
+    monkeypatch.setattr(crew, "take_models", did.append)
     stage: Any = SimpleNamespace()
-    asked = Ranks(1, lambda context: did.append(context.rank), stage=stage)
-    try:
-        rank.setup(asked, rank.bind("127.0.0.1"), "cpu", 1)
-    finally:
-        dist.destroy_process_group()
-    assert did == [[stage], 0]
+    meeting = SimpleNamespace(join=lambda place, context: did.append(place))
+    rank.take_on(Ranks(1, lambda context: did.append(context.rank), stage=stage, rendezvous=meeting), None)
+    rank.setup("where they meet", "cpu", 1)
+    assert did == [[stage], "where they meet", 0]

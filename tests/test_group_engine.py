@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 from engine_driver import Third, freeze_fake, request
-from group_ranks import Adder, journal, pids
+from group_ranks import Adder, asking, journal, pids
 
 from ipvg_ray import tables
 from ipvg_ray.pipeline import run as engine
@@ -26,7 +26,7 @@ class Led(Third):
     folder: Path
 
     def ranks(self) -> Ranks:
-        return Ranks(2, functools.partial(Adder, self.folder), rebuilds=1)
+        return asking(functools.partial(Adder, self.folder), rebuilds=1)
 
     def one(self, row: Row) -> Row:
         total = self.context.group.run("add", row["seed"] % 1000, 3)
@@ -51,7 +51,7 @@ class Picky(Adder):
 
 class LedToDeath(Led):
     def ranks(self) -> Ranks:
-        return Ranks(2, functools.partial(Picky, self.folder), rebuilds=1)
+        return asking(functools.partial(Picky, self.folder), rebuilds=1)
 
 
 def asked(stage: type[Led], tmp_path: Path) -> engine.Request:

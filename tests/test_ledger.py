@@ -121,6 +121,32 @@ def test_one_watch_serves_several_threads(tmp_path: Path, slowest: float, code: 
     assert time.monotonic() - started < 25
 
 
+PAUSED = """
+import sys, threading, time
+from ipvg_ray.pipeline.deaths import LastWords
+words = LastWords(sys.argv[1])
+def wait():
+    with words.pause(): time.sleep(2)
+def row(waited, seconds):
+    with words.time_limit(1.0):
+        if waited: wait()
+        time.sleep(seconds)
+threads = [threading.Thread(target=row, args=pair) for pair in ((True, 0.1), (True, %s), (False, 0.1))]
+for t in threads: t.start()
+time.sleep(0.5)
+row(False, 0.3)  # begins while others wait
+for t in threads: t.join()
+"""
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(0.1, 0), (30, 1)])
+def test_what_is_waited_for_counts_towards_no_limit(tmp_path: Path, seconds: float, code: int) -> None:
+    started = time.monotonic()
+    program = [sys.executable, "-c", PAUSED % seconds, str(tmp_path / "trace")]
+    assert subprocess.run(program, check=False, capture_output=True).returncode == code
+    assert 2 < time.monotonic() - started < 25
+
+
 def test_turns_are_shared_or_had_alone() -> None:
     turns, inside, most, alone = Turns(), 0, 0, []
     lock = threading.Lock()

@@ -90,6 +90,19 @@ def test_elsewhere_nobody_is_asked_again() -> None:
         pass
 
 
+def test_the_notice_of_another_node_counts_as_its_own() -> None:
+    heard: list[Notice] = []
+    left = threading.Event()
+    asked = iter([None, None, Notice("gcp", 1.0, "another node")])
+    watch = Watch(heard.append, left.set, "off", every=0.01, others=lambda: next(asked))
+    with watch.batch():
+        while not watch.leaving:
+            time.sleep(0.01)
+        assert not left.is_set(), "a batch is still in work"
+    assert left.wait(5)
+    assert [notice.node for notice in heard] == ["another node"]
+
+
 def test_a_worker_leaves_when_no_batch_is_in_work_and_begins_none_meanwhile() -> None:
     heard: list[Notice] = []
     begun: list[str] = []

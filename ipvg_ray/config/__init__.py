@@ -126,7 +126,7 @@ def load(
         raise ConfigError(
             f"unknown profile {profile!r}; there are {', '.join(profiles())}{nearest(profile, profiles())}"
         )
-    tree = _read_yaml((resources.files("ipvg_ray.profiles") / f"{profile}.yaml").read_text(), f"profile {profile}")
+    tree = _profile(profile)
     if file is not None:
         try:
             _merge(tree, _read_yaml(Path(file).read_text(), str(file)))
@@ -164,6 +164,17 @@ def from_tree(tree: Mapping[str, Any]) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(e) for e in error.errors())) from None
+
+
+def _profile(name: str) -> dict[str, Any]:
+    """A built-in profile, on top of the one that it names as its `base`."""
+    tree = _read_yaml((resources.files("ipvg_ray.profiles") / f"{name}.yaml").read_text(), f"profile {name}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    whole = _profile(base)
+    _merge(whole, tree)
+    return whole
 
 
 def _read_yaml(text: str, where: str) -> dict[str, Any]:

@@ -15,7 +15,8 @@ class GroupConfig(Section):
     `cfg` ranks share the branches of guidance, `ring` and `ulysses` ranks the tokens of each forward; their product is
     `gpus`. On a pool without GPUs the ranks are processes on the CPU. `weights` fsdp cuts the weights over ring and
     Ulysses ranks, offload fetches them block by block from host memory (also for a card alone). When no rank has moved
-    for `stall_s` seconds, or one has died, the group is made anew, up to `rebuilds` times for one row.
+    for `stall_s` seconds, or one has died, the group is made anew, up to `rebuilds` times for one row; with `reserve`
+    from processes that stand by with their libraries imported, half a gigabyte of host memory each.
     """
 
     gpus: int = Field(1, ge=1)
@@ -26,6 +27,7 @@ class GroupConfig(Section):
     weights: Literal["whole", "fsdp", "offload"] = "whole"
     stall_s: float = Field(600.0, ge=0)
     rebuilds: int = Field(2, ge=0)
+    reserve: bool = True
 
     @model_validator(mode="after")
     def _product(self) -> GroupConfig:

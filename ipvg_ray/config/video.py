@@ -11,9 +11,16 @@ from ipvg_ray.config.group import GroupConfig
 
 TaskName = Literal["vace-i2v", "vace-r2v", "vace-i2v+ref", "ti2v-5B", "i2v-A14B"]
 
+_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""`sample_neg_prompt` of the code of Wan 2.1, Wan 2.2 and VACE: garish, overexposed, static, blurred, subtitles, worst
+quality, badly drawn hands and faces, fused fingers, three legs, walking backwards and the like."""
 _VACE = {
     "model": "Wan2.1-VACE-14B-diffusers", "width": 832, "height": 480, "frames": 81, "fps": 16, "steps": 50,
-    "shift": 16.0, "guidance": 5.0,
+    "shift": 16.0, "guidance": 5.0, "negative_prompt": _NEGATIVE,
 }  # fmt: skip
 OFFICIAL: dict[str, dict[str, Any]] = {
     "vace-i2v": _VACE,
@@ -21,11 +28,11 @@ OFFICIAL: dict[str, dict[str, Any]] = {
     "vace-i2v+ref": _VACE,
     "ti2v-5B": {
         "model": "Wan2.2-TI2V-5B-Diffusers", "width": 1280, "height": 704, "frames": 121, "fps": 24, "steps": 50,
-        "shift": 5.0, "guidance": 5.0,
+        "shift": 5.0, "guidance": 5.0, "negative_prompt": _NEGATIVE,
     },
     "i2v-A14B": {
         "model": "Wan2.2-I2V-A14B-Diffusers", "width": 832, "height": 480, "frames": 81, "fps": 16, "steps": 40,
-        "shift": 5.0, "guidance": 3.5, "guidance_low": 3.5, "boundary": 0.9,
+        "shift": 5.0, "guidance": 3.5, "guidance_low": 3.5, "boundary": 0.9, "negative_prompt": _NEGATIVE,
     },
 }  # fmt: skip
 """What each task's authors use. Converted checkpoints carry other shifts (VACE's 3): those are never used."""
@@ -68,6 +75,16 @@ class CacheConfig(Section):
     interval: int = Field(4, ge=2)
 
 
+class LoraConfig(Section):
+    """A LoRA file that is added to the transformer's weights when they are loaded, times `scale`: LOSSY where it
+    distils steps. Of i2v-A14B `expert` says to which transformer: high or low noise, or both.
+    """
+
+    path: str
+    scale: float = 1.0
+    expert: Literal["both", "high", "low"] = "both"
+
+
 class VideoConfig(StageSection):
     """First frame or reference picture and prompt to video.
 
@@ -76,7 +93,9 @@ class VideoConfig(StageSection):
     the person cut from it, or the one that `first_frame.reference.enhance` draws. `branches` together computes
     branches of guidance in one forward, `together` so many videos: both cost memory. `save_every` steps a video's state
     is kept beside the run, for another worker to go on from (0: never). `text_in_worker` loads UMT5 into the video
-    workers, in place of the stage text_states. `storage` fp8 keeps weights in 8 bits: lossy.
+    workers, in place of the stage text_states. `storage` fp8, fp8_scaled and fp8_matmul keep weights in 8 bits, the
+    last multiplies in 8 bits too: LOSSY, and the last two want the package torchao. `loras` are added to the
+    weights, in their order. `solver` euler is first order, as step-distilled LoRAs want it.
     """
 
     task: TaskName = "vace-i2v"
@@ -87,6 +106,8 @@ class VideoConfig(StageSection):
     fps: int = Field(ge=1)
     steps: int = Field(ge=1)
     shift: float = Field(gt=0)
+    solver: Literal["unipc", "euler"] = "unipc"
+    loras: tuple[LoraConfig, ...] = ()
     guide: Literal["cfg", "tpige"] = "cfg"
     guidance: float = Field(ge=0)
     guidance_low: float | None = Field(None, ge=0)
@@ -101,18 +122,14 @@ class VideoConfig(StageSection):
     together: int = Field(1, ge=1)
     branches: Literal["in_turn", "together"] = "in_turn"
     dtype: DType = "bfloat16"
-    storage: Literal["dtype", "fp8"] = "dtype"
+    storage: Literal["dtype", "fp8", "fp8_scaled", "fp8_matmul"] = "dtype"
     attention: str = "auto"
     compile: bool = False
     cache: CacheConfig = CacheConfig()
     group: GroupConfig = GroupConfig()
     crf: int = Field(18, ge=0, le=51)
     encoder: Literal["x264", "nvenc", "auto"] = "x264"
-    negative_prompt: str = (
-        "overexposed, static, blurred details, subtitles, painting, still picture, grey cast, worst quality, "
-        "low quality, compression artefacts, ugly, mutilated, extra fingers, badly drawn hands, badly drawn face, "
-        "deformed limbs, fused fingers, motionless frame, cluttered background, three legs, walking backwards"
-    )
+    negative_prompt: str
 
     @model_validator(mode="before")
     @classmethod
@@ -134,6 +151,10 @@ class VideoConfig(StageSection):
             raise ValueError(f"guide tpige weakens VACE's hints; task {self.task} has none: use guide cfg")
         if self.task == "i2v-A14B" and self.boundary is None:
             raise ValueError("task i2v-A14B has two experts and needs boundary, such as 0.9")
+        if self.storage == "fp8_matmul" and self.dtype != "bfloat16":
+            raise ValueError(f"storage fp8_matmul gives bfloat16, and dtype is {self.dtype}: use dtype bfloat16")
+        if self.task != "i2v-A14B" and any(lora.expert != "both" for lora in self.loras):
+            raise ValueError(f"loras name an expert, and task {self.task} has one transformer: leave expert out")
         if self.cache.kind != "none" and self.compile:
             raise ValueError("compile and cache exclude each other: a block that is compiled whole asks no cache")
         return self
@@ -172,7 +193,7 @@ class VideoConfig(StageSection):
         if where == "whole":
             return self
         for field, chosen, mend in (
-            ("storage fp8", self.storage == "fp8", "storage: dtype"),
+            (f"storage {self.storage}", self.storage != "dtype", "storage: dtype"),
             ("cache.kind first_block", self.cache.kind == "first_block", "cache.kind: taylorseer or none"),
             ("compile", self.compile, "compile: false"),
         ):
@@ -184,3 +205,14 @@ class VideoConfig(StageSection):
     def most_branches(self) -> int:
         """Evaluations of the network that a step needs at most."""
         return (2 if max(self.guidance, self.guidance_low or 0) > 1 else 1) + (self.guide == "tpige")
+
+    @property
+    def lossy(self) -> list[str]:
+        """The settings that trade quality for speed or memory."""
+        chosen = {
+            "loras": bool(self.loras),
+            f"storage {self.storage}": self.storage != "dtype",
+            f"cache.kind {self.cache.kind}": self.cache.kind != "none",
+            f"attention {self.attention}": "sage" in self.attention,
+        }
+        return [words for words, there in chosen.items() if there]

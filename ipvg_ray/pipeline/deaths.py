@@ -55,6 +55,9 @@ class LastWords:
         self.process = os.getpid()
         self.lock = threading.Lock()
         self.deadlines: dict[int, float] = {}
+        self.pauses = 0
+        self.paused_since = 0.0
+        self.paused_s = 0.0
         self.exit = os._exit
         faulthandler.enable(self.file, all_threads=False)
         os._exit = self._exit  # type: ignore[assignment]
@@ -81,22 +84,42 @@ class LastWords:
             yield
             return
         mark = threading.get_ident()
-        self._watch(mark, time.monotonic() + seconds)
+        with self.lock:
+            self.deadlines[mark] = self._now() + seconds
+            self._watch()
         try:
             yield
         finally:
-            self._watch(mark, None)
+            with self.lock:
+                del self.deadlines[mark]
+                self._watch()
 
-    def _watch(self, mark: int, deadline: float | None) -> None:
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Count the time of the block towards no limit: what is waited for is no row's fault, and all rows wait."""
         with self.lock:
-            self.deadlines.pop(mark, None)
-            if deadline is not None:
-                self.deadlines[mark] = deadline
-            if self.deadlines:
-                left = max(min(self.deadlines.values()) - time.monotonic(), 0.001)
-                faulthandler.dump_traceback_later(left, exit=True, file=self.file)
-            else:
-                faulthandler.cancel_dump_traceback_later()
+            self.paused_since = self._now()
+            self.pauses += 1
+            self._watch()
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.pauses -= 1
+                if not self.pauses:
+                    self.paused_s = time.monotonic() - self.paused_since
+                self._watch()
+
+    def _now(self) -> float:
+        """Seconds on a clock that stands still in pauses."""
+        return self.paused_since if self.pauses else time.monotonic() - self.paused_s
+
+    def _watch(self) -> None:
+        if self.deadlines and not self.pauses:
+            left = max(min(self.deadlines.values()) - self._now(), 0.001)
+            faulthandler.dump_traceback_later(left, exit=True, file=self.file)
+        else:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def oom_kills() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 if not os.environ.get("RAY_ADDRESS"):
@@ -25,7 +26,7 @@ from ipvg_ray.pipeline.desk import ledger_at, listening
 from ipvg_ray.pipeline.groups import LedGroup
 from ipvg_ray.pipeline.lead import GivenUpError, bound_lead
 from ipvg_ray.pipeline.ledger import Event, Who
-from ipvg_ray.pipeline.places import claimed, places
+from ipvg_ray.pipeline.places import Room, claimed, places
 from ipvg_ray.pipeline.plan import Step, rows_ahead
 from ipvg_ray.pipeline.spot import Notice, Watch, drain
 from ipvg_ray.pipeline.stage import Resources
@@ -277,13 +278,24 @@ class _StageActor:
         last_words = LastWords(who.trace) if spec.store.is_open() else None
 
         def noticed(notice: Notice) -> None:
-            desk.leaving.remote(who.node)
-            drain(who.node, notice)
+            node = notice.node or who.node
+            desk.leaving.remote(node)
+            drain(node, notice)
+
+        self.group: LedGroup | None = None
+
+        def others() -> Notice | None:
+            return self.group.notice() if self.group else None
 
         # Ray starts this actor again on another node, and gives it what was not begun.
-        self.spot = Watch(noticed, leave=lambda: os._exit(0))
+        self.spot = Watch(noticed, leave=lambda: os._exit(0), others=others if office else None)
+        room = None
+        if office:
+            waiting = last_words.pause if last_words else nullcontext
+            room = Room(claimed(office), lambda node: bool(ray.get(desk.is_lost.remote(node))), waiting)
+            room.wait()  # before the start is noted, which a node that comes late must not count against
         device, ranks = "cuda" if asks.gpus else "cpu", spec.step.stage.ranks()
-        group = LedGroup(ranks, device, asks.threads, claimed(office) if office else None) if ranks else None
+        group = self.group = LedGroup(ranks, device, asks.threads, room) if ranks else None
         gpus = here.get_accelerator_ids().get("GPU", [])
         ledger = ledger_at(desk, spec.store)
         self.worker = Worker(spec, "cpu" if group else device, ledger, who, last_words, group, gpus)

@@ -1,30 +1,30 @@
 """Groups: a worker that leads one rank process per card, all working on one row at a time.
 
 The worker is the Ray Data actor; it holds the cards, and its ranks are child actors that hold none and are told which
-card is theirs. Ranks talk to each other through torch.distributed. A peer that is gone leaves the others waiting in
-NCCL or gloo for up to half an hour, so nobody waits for that: the leader looks at all of them, and when one dies,
+card is theirs. Ranks talk to each other through what their stage chooses. A peer that is gone leaves the others waiting
+in NCCL or gloo for up to half an hour, so nobody waits for that: the leader looks at all of them, and when one dies,
 raises alone, or none of them gets any further, it ends every rank's process and makes the group anew.
 
-Nothing of a group outlives its leader: each rank holds a connection to it, and ends itself when that breaks.
+Most of what a new process does is to import libraries; so a stage that says which has a second crew in reserve.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from ipvg_ray.pipeline.places import await_place, in_order_of_nodes
-from ipvg_ray.pipeline.processes import Processes
-from ipvg_ray.pipeline.stage import RankContext, Ranks, RowError
-from ipvg_ray.pipeline.staging import take_models
+from ipvg_ray.pipeline.crew import Crew, Seat, Whereabouts
+from ipvg_ray.pipeline.places import Room
+from ipvg_ray.pipeline.spot import Notice
+from ipvg_ray.pipeline.stage import Ranks, RowError
 from ipvg_ray.pipeline.store import FencedError
 from ipvg_ray.storage import StorageError
 
@@ -36,8 +36,8 @@ _LOOK_SECONDS = 1.0
 """How often the leader asks its ranks how far they are, while none has ended."""
 _GRACE_SECONDS = 3.0
 """In which the other ranks must raise too, once one has: then it was the row, and not one rank's own trouble."""
-_PEER_SECONDS = 24 * 3600.0
-"""torch.distributed's own limit for a collective; far off, since the leader is quicker."""
+_NOTICE_SECONDS = 10.0
+_HERE = "127.0.0.1"
 _INHERITED = (
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
@@ -51,75 +51,6 @@ class GroupBrokenError(Exception):
     """The ranks cannot go on together; the message says which one was the first and why."""
 
 
-@ray.remote(num_cpus=0, max_restarts=0, max_task_retries=0, concurrency_groups={"watch": 1})  # type: ignore[call-overload]
-class _Rank:
-    """One rank's process. Only methods of the group `watch` are answered while it works."""
-
-    def __init__(self, rank: int, ranks: int, env: dict[str, str], lifeline: tuple[str, int]) -> None:
-        os.environ.update(env)  # before torch is imported, which reads the cards and the threads once
-        self.rank, self.ranks = rank, ranks
-        self.steps, self.words = 0, "starting"
-        self.target: Any = None
-        connection = socket.create_connection(lifeline, timeout=60)
-        threading.Thread(target=_die_with, args=(connection,), daemon=True).start()
-
-    def bind(self, host: str) -> tuple[str, int]:
-        """Open the store through which the ranks find each other, on a port that the kernel picks; rank 0 alone."""
-        import torch.distributed as dist
-
-        self.store = dist.TCPStore(host, 0, self.ranks, is_master=True, wait_for_workers=False)
-        return host, self.store.port
-
-    def setup(self, asked: Ranks, store: tuple[str, int], device: str, threads: int) -> None:
-        """Have the models on this node, meet the others and make the object that works."""
-        from datetime import timedelta
-
-        import torch
-        import torch.distributed as dist
-
-        if asked.stage is not None:
-            take_models([asked.stage])
-        torch.set_num_threads(threads)
-        met = self.store if self.rank == 0 else dist.TCPStore(*store, self.ranks, is_master=False)
-        dist.init_process_group(
-            "nccl" if device == "cuda" else "gloo",
-            store=met,
-            rank=self.rank,
-            world_size=self.ranks,
-            timeout=timedelta(seconds=_PEER_SECONDS),
-            device_id=torch.device("cuda", 0) if device == "cuda" else None,
-        )
-        self.target = asked.make(RankContext(self.rank, self.ranks, device, threads, self._alive))
-
-    def call(self, method: str, args: tuple[Any, ...]) -> Any:
-        """Call a method of the object; only rank 0's answer travels."""
-        self._alive(method)
-        answer = getattr(self.target, method)(*args)
-        return answer if self.rank == 0 else None
-
-    def _alive(self, words: str) -> None:
-        self.steps, self.words = self.steps + 1, words
-
-    @ray.method(concurrency_group="watch")
-    def progress(self) -> tuple[int, str]:
-        return self.steps, self.words
-
-    @ray.method(concurrency_group="watch")
-    def process(self) -> tuple[int, str]:
-        """Its process id and its node's address."""
-        return os.getpid(), ray.util.get_node_ip_address()
-
-
-def _die_with(leader: socket.socket) -> None:
-    """End this process when the leader's does: the kernel then closes the connection, however it ended."""
-    leader.settimeout(None)
-    leader.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # for a leader whose whole node is lost
-    try:
-        leader.recv(1)
-    finally:
-        os._exit(1)
-
-
 class LedGroup:
     """A leader's ranks; see `ipvg_ray.pipeline.stage.Group`. Made and used in the leader's process alone.
 
@@ -127,17 +58,16 @@ class LedGroup:
         asked: what the stage wants.
         device: of the ranks, `cuda` or `cpu`.
         threads: that each may use.
-        place: where groups may span nodes, the placement group with a bundle for each rank.
+        room: where groups may span nodes, where their ranks work.
     """
 
-    def __init__(self, asked: Ranks, device: str, threads: int, place: Any = None) -> None:
+    def __init__(self, asked: Ranks, device: str, threads: int, room: Room | None = None) -> None:
         self.asked = asked
         self.device = device
         self.threads = threads
-        self.place = place
-        self.ranks: list[Any] = []
-        self.lifelines: list[socket.socket] = []
-        self.processes = Processes()
+        self.room = room
+        self.crew: Crew | None = None
+        self.reserve: Crew | None = None
         self.turn = threading.Lock()
         self.builds = 0
 
@@ -166,7 +96,7 @@ class LedGroup:
             except GroupBrokenError as error:
                 logger.warning("a group of %d ranks is made anew: %s", self.asked.size, error)
                 words.append(str(error))
-                self.close()
+                self._disband()
             except (StorageError, FencedError):
                 self.close()  # others may wait for the rank that raised; the run's place is no better in a new group
                 raise
@@ -176,21 +106,41 @@ class LedGroup:
         )
 
     def close(self) -> None:
-        """End every rank's process, and come back when they are gone and their cards free."""
-        for rank in self.ranks:
-            ray.kill(rank, no_restart=True)
-        for lifeline in self.lifelines:
-            lifeline.close()
-        self.processes.end()
-        self.ranks, self.lifelines = [], []
+        """End every process, those in reserve too, and come back when they are gone and their cards free."""
+        self._disband()
+        if self.reserve is not None:
+            self.reserve.end()
+            self.reserve = None
+
+    def _disband(self) -> None:
+        """End the ranks; the reserve stays."""
+        if self.crew is not None:
+            self.crew.end()
+            self.crew = None
+
+    def notice(self) -> Notice | None:
+        """Of a node on which one of the ranks works, and which will be taken away; asked from any thread."""
+        asked = [rank.notice.remote() for rank in self.ranks]
+        answered, _ = ray.wait(asked, num_returns=len(asked), timeout=_NOTICE_SECONDS) if asked else ([], [])
+        for ref in answered:
+            with suppress(ray.exceptions.RayError):  # a rank that is gone is the business of who called it
+                if (notice := ray.get(ref)) is not None:
+                    return notice
+        return None
+
+    @property
+    def ranks(self) -> list[Any]:
+        """The processes that stand."""
+        crew = self.crew  # other threads ask too
+        return crew.ranks if crew is not None else []
 
     # -- making it -------------------------------------------------------------------------------------------------
 
     def _stand(self) -> None:
-        if self.ranks:
+        if self.crew is not None:
             return
-        if self.place is not None:
-            await_place(self.place)  # after a lost node Ray looks for another; no rebuild helps before that is there
+        if self.room is not None:
+            self.room.wait()  # after a lost node Ray looks for another; no rebuild helps before that is there
         self.builds += 1
         try:
             self._build()
@@ -199,38 +149,54 @@ class LedGroup:
             raise
 
     def _build(self) -> None:
-        host = ray.util.get_node_ip_address() if self.asked.across_nodes else "127.0.0.1"
-        with socket.create_server((host, 0), backlog=self.asked.size) as door:
-            self.ranks = [
-                _Rank.options(**options).remote(i, self.asked.size, env, door.getsockname())  # type: ignore[attr-defined]
-                for i, (options, env) in enumerate(self._places())
-            ]
-            told = self._all([rank.process.remote() for rank in self.ranks], limit_s=BUILD_SECONDS, every=True)
-            self.lifelines = [door.accept()[0] for _ in self.ranks]
-        if not self.asked.across_nodes:
-            self.processes.watch([pid for pid, _ in told])
-        first = told[0][1] if self.asked.across_nodes else host
-        store = self._all([self.ranks[0].bind.remote(first)], limit_s=BUILD_SECONDS)
-        setups = [rank.setup.remote(self.asked, store, self.device, self.threads) for rank in self.ranks]
+        crew = self._muster()
+        host = crew.told[0].address if self.asked.across_nodes else _HERE
+        place = self._all([crew.ranks[0].open.remote(host)], limit_s=BUILD_SECONDS)
+        setups = [rank.setup.remote(place, self.device, self.threads) for rank in crew.ranks]
         self._all(setups, limit_s=BUILD_SECONDS)
+        if self.asked.warm is not None:  # only now: its imports would slow down the ranks' start
+            self.reserve = self._recruit(crew.told)
 
-    def _places(self) -> list[tuple[dict[str, Any], dict[str, str]]]:
-        """For each rank Ray's options that put it in its place, and its environment."""
+    def _muster(self) -> Crew:
+        """Have processes for all ranks: the reserve, if all of it lives, else new ones."""
+        if self.reserve is not None:
+            self.crew, self.reserve = self.reserve, None
+            try:
+                return self._call_roll(self.crew)
+            except GroupBrokenError as error:
+                logger.warning("the processes in reserve are not all there: %s", error)
+                self._disband()
+        self.crew = self._recruit()
+        return self._call_roll(self.crew)
+
+    def _call_roll(self, crew: Crew) -> Crew:
+        """The crew, once all of it has told where it is."""
+        calls = [rank.process.remote() for rank in crew.ranks]
+        crew.present(self._all(calls, limit_s=BUILD_SECONDS, every=True), here=not self.asked.across_nodes)
+        return crew
+
+    def _recruit(self, before: Sequence[Whereabouts] = ()) -> Crew:
+        host = ray.util.get_node_ip_address() if self.asked.across_nodes else _HERE
+        return Crew(self.asked, self._seats(), host, before)
+
+    def _seats(self) -> list[Seat]:
+        """For each rank where it works."""
         env = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-        if self.place is not None:
-            unit = {"num_gpus": 1} if self.device == "cuda" else {}
+        if self.room is not None:
+            # Rank and reserve share what is set aside for one; Ray tells both of the same card.
+            share = {"num_gpus": 0.5 if self.asked.warm else 1} if self.device == "cuda" else {}
             return [
-                ({"scheduling_strategy": PlacementGroupSchedulingStrategy(self.place, bundle), **unit}, env)
-                for bundle in in_order_of_nodes(self.place)
+                Seat({"scheduling_strategy": PlacementGroupSchedulingStrategy(self.room.place, bundle), **share}, env)
+                for bundle in self.room.bundles()
             ]
         here = ray.get_runtime_context()
-        strategy = NodeAffinitySchedulingStrategy(here.get_node_id(), soft=False)
+        there = {"scheduling_strategy": NodeAffinitySchedulingStrategy(here.get_node_id(), soft=False)}
         if self.device != "cuda":
-            return [({"scheduling_strategy": strategy}, env)] * self.asked.size
+            return [Seat(there, env)] * self.asked.size
         cards = here.get_accelerator_ids()["GPU"]
         if len(cards) != self.asked.size:
             raise ValueError(f"a group of {self.asked.size} ranks has {len(cards)} cards; pool.gpus must be the same")
-        return [({"scheduling_strategy": strategy}, {**env, "CUDA_VISIBLE_DEVICES": str(card)}) for card in cards]
+        return [Seat(there, {**env, "CUDA_VISIBLE_DEVICES": str(card)}) for card in cards]
 
     # -- waiting for it --------------------------------------------------------------------------------------------
 

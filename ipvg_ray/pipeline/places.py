@@ -7,8 +7,10 @@ each worker that a stage may have, and a worker that comes takes one that is fre
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _ASK_SECONDS = 2.0
 _TELL_SECONDS = 60.0
+_LEAVE_SECONDS = 600.0
+"""In which a node with a notice is gone; the clouds' notices are of two minutes at most."""
 
 
 @ray.remote(num_cpus=0)
@@ -95,8 +99,49 @@ def rank_asks(asks: Resources) -> dict[str, float]:
     return unit
 
 
+@dataclass(frozen=True)
+class Room:
+    """A worker's placement group, a bundle for each rank.
+
+    Attributes:
+        place: the placement group.
+        lost: whether a node, by Ray's id, is gone or about to be taken away.
+        waiting: entered while the nodes are waited for.
+    """
+
+    place: Any
+    lost: Callable[[str], bool] = lambda node: False
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def wait(self) -> None:
+        """Come back when all of it is there, also after it has lost a node; as long as that takes.
+
+        Ray looks for another node only when the lost one is gone; until then what is begun there would be lost with it.
+        A node that stays though it was to be taken away is used again after a while.
+        """
+        with self.waiting():
+            deadline = 0.0
+            while True:
+                while not self.place.wait(_TELL_SECONDS):
+                    logger.warning("a group waits for the nodes of its ranks")
+                deadline = deadline or time.monotonic() + _LEAVE_SECONDS
+                if time.monotonic() > deadline or not any(self.lost(node) for node in set(_nodes(self.place).values())):
+                    return
+                time.sleep(_ASK_SECONDS)
+
+    def bundles(self) -> list[int]:
+        """The bundles' numbers, those of one node side by side, so that neighbouring ranks share a node."""
+        nodes = _nodes(self.place)
+        return sorted(nodes, key=lambda bundle: (nodes[bundle], bundle))
+
+
+def _nodes(place: Any) -> dict[int, str]:
+    nodes: dict[int, str] = placement_group_table(place)["bundles_to_node_id"]
+    return nodes
+
+
 def claimed(office: Any) -> Any:
-    """This worker's placement group, once its cards are there; waits for nodes as long as it takes.
+    """This worker's placement group.
 
     Raises:
         RuntimeError: where other workers hold all there are.
@@ -105,17 +150,4 @@ def claimed(office: Any) -> Any:
     place = ray.get(office.claim.remote(here.get_actor_id(), here.current_actor))
     if place is None:
         raise RuntimeError("there are more workers than places for their groups")
-    await_place(place)
     return place
-
-
-def await_place(place: Any) -> None:
-    """Come back when all of a placement group is there, also after it has lost a node; as long as that takes."""
-    while not place.wait(_TELL_SECONDS):
-        logger.warning("a group waits for the nodes of its ranks")
-
-
-def in_order_of_nodes(place: Any) -> list[int]:
-    """The bundles' numbers, those of one node side by side, so that neighbouring ranks share a node."""
-    nodes = placement_group_table(place)["bundles_to_node_id"]
-    return sorted(nodes, key=lambda bundle: (nodes[bundle], bundle))

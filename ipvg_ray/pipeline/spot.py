@@ -30,10 +30,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Notice:
-    """A node will be taken away: by which cloud, and when (seconds since 1970)."""
+    """A node will be taken away: by which cloud, when (seconds since 1970), and which; None for whoever hears it."""
 
     cloud: str
     deadline: float
+    node: str | None = None
 
 
 class Metadata:
@@ -82,6 +83,34 @@ class Metadata:
             return None
 
 
+class Ear:
+    """Hears the notice of the node that this process runs on. Where no cloud gives any, nobody is asked again.
+
+    Args:
+        address: of the metadata; None for the environment's, which may turn this off.
+    """
+
+    def __init__(self, address: str | None = None) -> None:
+        if address is None:
+            address = os.environ.get("IPVG_RAY_METADATA", ADDRESS)
+            off = os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true" and address == ADDRESS
+            address = "off" if off else address
+        self.metadata = None if address == "off" else Metadata(address)
+        self.cloud: str | None = None
+
+    def notice(self) -> Notice | None:
+        """The notice, if one was given."""
+        if self.metadata is not None and self.cloud is None:
+            self.cloud = self.metadata.cloud()
+            self.metadata = self.metadata if self.cloud else None
+        return self.metadata.notice(self.cloud) if self.metadata and self.cloud else None
+
+    @property
+    def deaf(self) -> bool:
+        """Whether no notice will ever be heard."""
+        return self.metadata is None
+
+
 class Watch:
     """Looks for a notice in a thread of its own, where this node belongs to a cloud that gives any; and has the process
     leave when one was given.
@@ -91,6 +120,7 @@ class Watch:
         leave: called after it, when no batch is in work; to end the process.
         address: of the metadata; None for the environment's, which may turn the watch off.
         every: seconds between two looks.
+        others: tells the notice of another node without which this process cannot go on; asked as often.
     """
 
     def __init__(
@@ -99,30 +129,28 @@ class Watch:
         leave: Callable[[], object],
         address: str | None = None,
         every: float = EVERY,
+        others: Callable[[], Notice | None] | None = None,
     ) -> None:
         self.on_notice = on_notice
         self.leave = leave
         self.every = every
+        self.others = others
         self.leaving = False
         self.working = 0
         self.changed = threading.Condition()
-        if address is None:
-            address = os.environ.get("IPVG_RAY_METADATA", ADDRESS)
-            off = os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true" and address == ADDRESS
-            address = "off" if off else address
-        if address != "off":
-            threading.Thread(target=self._look, args=(Metadata(address),), name="spot", daemon=True).start()
+        ear = Ear(address)
+        if not ear.deaf or others is not None:
+            threading.Thread(target=self._look, args=(ear,), name="spot", daemon=True).start()
 
-    def _look(self, metadata: Metadata) -> None:
-        cloud, notice = metadata.cloud(), None
-        while cloud is not None and (notice := metadata.notice(cloud)) is None:
+    def _look(self, ear: Ear) -> None:
+        while (notice := ear.notice() or (self.others() if self.others else None)) is None:
+            if ear.deaf and self.others is None:
+                return
             time.sleep(self.every)
-        if notice is None:
-            return
         try:
             self.on_notice(notice)
         except Exception as error:
-            _log.warning("this node will be taken away, and cannot be left in good order: %s", error)
+            _log.warning("a node will be taken away, and cannot be left in good order: %s", error)
             return
         with self.changed:
             self.leaving = True

@@ -121,7 +121,7 @@ class Scratch(Protocol):
 
 @dataclass(frozen=True)
 class RankContext:
-    """What the engine gives a rank when it starts; torch.distributed is set up among all ranks of its group.
+    """What the engine gives a rank when it starts.
 
     Attributes:
         rank, ranks: its number, and how many there are.
@@ -138,6 +138,18 @@ class RankContext:
     alive: Callable[[str], None]
 
 
+class Rendezvous(Protocol):
+    """How the ranks of a group meet, in whatever library they talk through. Sent to each rank, which keeps its own."""
+
+    def open(self, host: str, ranks: int) -> Any:
+        """In rank 0: open the place where all meet, reachable at the address `host`; returns what leads there."""
+        ...
+
+    def join(self, place: Any, context: RankContext) -> None:
+        """In every rank, rank 0 too, before `Ranks.make`: go to `place`, and come back when all have met."""
+        ...
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The group of processes that a worker leads, one for each card.
@@ -149,6 +161,9 @@ class Ranks:
         stall_s: seconds without a sign of any rank after which they are taken to hang; 0 for no limit.
         rebuilds: how often the group is made anew for one call before that call is given up.
         stage: whose models each rank's node must have before `make` is called; a new one, that has not been set up.
+        rendezvous: how they meet; None where they need not.
+        warm: imports what `make` will need, and touches no card. Where it is given, the leader keeps as many processes
+            in reserve that have called it, from which a group is made anew in a second or two.
     """
 
     size: int
@@ -157,6 +172,8 @@ class Ranks:
     stall_s: float = 0.0
     rebuilds: int = 2
     stage: Stage | None = None
+    rendezvous: Rendezvous | None = None
+    warm: Callable[[], None] | None = None
 
 
 class Group(Protocol):

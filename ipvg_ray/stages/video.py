@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ipvg_ray.media import images
+from ipvg_ray.models.rendezvous import TorchRendezvous
 from ipvg_ray.pipeline.stage import RankContext, Ranks, Resources, Row, RowError, Stage, StageContext
 from ipvg_ray.storage import run_path
 
@@ -54,25 +55,44 @@ class VideoStage(Stage):
         self.needs = (*pictures, *text)  # type: ignore[misc] # of this configuration
 
     def models(self) -> Mapping[str, Path]:
-        return {"model": self.config.models.path(self.config.video.model)}
+        section, path = self.config.video, self.config.models.path
+        loras = {f"loras.{i}": path(lora.path) for i, lora in enumerate(section.loras)}
+        return {"model": path(section.model), **loras}
 
     def resources(self) -> Resources:
         """On a pool with GPUs as many as the group has."""
         asks, cards = super().resources(), self.config.video.group.gpus
         return dataclasses.replace(asks, gpus=cards) if asks.gpus and cards > 1 else asks
 
+    def _section(self) -> VideoConfig:
+        """The section as whoever loads the model needs it: LoRA files named by their whole paths."""
+        section = self.config.video
+        whole = [lora.model_copy(update={"path": str(self.config.models.path(lora.path))}) for lora in section.loras]
+        return section.model_copy(update={"loras": tuple(whole)})
+
     def ranks(self) -> Ranks | None:
         section = self.config.video
         group = section.group
         if group.gpus == 1:
             return None
-        make = functools.partial(_make_rank, section, self.models()["model"])
-        return Ranks(group.gpus, make, group.across_nodes, group.stall_s, group.rebuilds, type(self)(self.config))
+        make = functools.partial(_make_rank, self._section(), self.models()["model"])
+        return Ranks(
+            group.gpus,
+            make,
+            group.across_nodes,
+            group.stall_s,
+            group.rebuilds,
+            stage=type(self)(self.config),
+            rendezvous=TorchRendezvous(),
+            warm=_import_ahead if group.reserve else None,
+        )
 
     def notes(self) -> Sequence[str]:
-        """Which layouts of cards make most videos an hour, and which a video soonest."""
+        """What is lossy; which layouts of cards make most videos an hour, and which a video soonest."""
+        lossy = self.config.video.lossy
+        said = [f"lossy: {', '.join(lossy)}; compare the scores of a run without"] if lossy else []
         if not self.settings.pool.gpus:
-            return ()
+            return said
         from ipvg_ray.models.wan import layouts
 
         section, group = self.config.video, self.config.video.group
@@ -82,12 +102,14 @@ class VideoStage(Stage):
         references = int(section.task in ("vace-r2v", "vace-i2v+ref"))
         job = layouts.Job(shape, *size, section.steps, section.most_branches, references)
         card = layouts.CARDS.get(section.pool.accelerator_type or "", layouts.CARDS["H100"])
-        return layouts.advice(job, card, max(8, group.gpus), (group.cfg, group.ring, group.ulysses))
+        return [*said, *layouts.advice(job, card, max(8, group.gpus), (group.cfg, group.ring, group.ulysses))]
 
     def fingerprint_settings(self) -> dict[str, Any]:
         """Without how often the state is kept, unless a cache is emptied then, and without who shares the work."""
         settings = super().fingerprint_settings()
         del settings["group"]
+        for lora in settings["loras"]:
+            del lora["path"]  # what is in the file counts
         if self.config.video.cache.kind == "none":
             del settings["save_every"]
         return settings
@@ -100,7 +122,7 @@ class VideoStage(Stage):
         if context.group is None:
             from ipvg_ray.models.wan.maker import VideoMaker
 
-            self._maker = VideoMaker(section, folder, context.device)
+            self._maker = VideoMaker(self._section(), folder, context.device)
             self._make: Make = self._maker.make
         else:
             self._make = functools.partial(context.group.run, "make")
@@ -221,6 +243,12 @@ def _make_rank(section: VideoConfig, folder: Path, context: RankContext) -> Any:
     from ipvg_ray.models.wan.maker import VideoRank
 
     return VideoRank(section, folder, context)
+
+
+def _import_ahead() -> None:
+    from ipvg_ray.models.wan.load import import_ahead
+
+    import_ahead()
 
 
 def _unfinished() -> RowError:

@@ -61,4 +61,19 @@ MODELS: tuple[Model, ...] = (
         verified="repository as the diffusers documentation names it",
         unverified="the repository's own page; size computed from the parameters, both transformers in float32",
     ),
+    Model(
+        name="wan2.1_t2v_14b_lora_rank64_lightx2v_4step.safetensors",
+        used_by=(),
+        purpose="VACE-14B in 4 steps without guidance, for profile fast (`video.loras`); lossy",
+        source=HubSource(
+            "lightx2v/Wan2.1-Distill-Loras",
+            ("wan2.1_t2v_14b_lora_rank64_lightx2v_4step.safetensors",),
+            subpath="wan2.1_t2v_14b_lora_rank64_lightx2v_4step.safetensors",
+        ),
+        approx_bytes=631_000_000,
+        licence=APACHE,
+        needs=(),
+        verified="repository, file name and size as its page lists them",
+        unverified="the licence: the page of its sister for Wan2.2 says Apache-2.0",
+    ),
 )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,7 +32,15 @@ class Parts:
     scheduler: Callable[[], Any]
 
 
-def load(folder: Path, task: Task, *, dtype: torch.dtype, device: str, shift: float) -> Parts:
+def load(
+    folder: Path,
+    task: Task,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    shift: float,
+    solver: Literal["unipc", "euler"] = "unipc",
+) -> Parts:
     """Load what makes videos; the text encoder stays on disk.
 
     Args:
@@ -43,6 +51,7 @@ def load(folder: Path, task: Task, *, dtype: torch.dtype, device: str, shift: fl
         device: where all parts go, such as `cuda`.
         shift: the flow-matching schedule's shift, σ' = shift·σ / (1 + (shift − 1)·σ). VACE's own setting is 16; the
             published conversions carry 3, so the checkpoint's value is never used.
+        solver: `unipc`, the models' own, or `euler`, with which step-distilled ones are used.
 
     Raises:
         WanError: where the folder holds no model of the task.
@@ -50,7 +59,7 @@ def load(folder: Path, task: Task, *, dtype: torch.dtype, device: str, shift: fl
     with no_bars():
         if original.is_original(folder):
             transformers, vae = original.load_transformers(folder, task, dtype), original.load_vae(folder)
-            scheduler = _scheduler(None, shift)
+            scheduler = _scheduler(None, shift, solver)
         else:
             _require_pipeline(folder, task)
             _look_ahead(folder, task)
@@ -58,11 +67,25 @@ def load(folder: Path, task: Task, *, dtype: torch.dtype, device: str, shift: fl
                 _component(folder / name, dtype) for name in ("transformer", "transformer_2")[: task.experts]
             ]
             vae = _component(folder / "vae", torch.float32)
-            scheduler = _scheduler(folder / "scheduler", shift)
+            scheduler = _scheduler(folder / "scheduler", shift, solver)
     _require_kind(folder, transformers[0].config, task)
     for part in (*transformers, vae):
         part.to(device).eval().requires_grad_(False)
     return Parts(transformers, vae, scheduler)
+
+
+def import_ahead() -> None:
+    """Import what `load` will, and touch neither files nor cards; seconds of a new process's start."""
+    import accelerate  # noqa: F401
+    from diffusers import (  # noqa: F401 # diffusers imports a class's module when the class is first named
+        AutoencoderKLWan,
+        UniPCMultistepScheduler,
+        WanTransformer3DModel,
+        WanVACETransformer3DModel,
+    )
+    from diffusers.loaders import single_file_utils  # noqa: F401
+
+    from ipvg_ray.models.wan import maker  # noqa: F401
 
 
 def load_text_encoder(folder: Path, *, dtype: torch.dtype, device: str) -> TextEncoder:
@@ -124,8 +147,11 @@ def _require_kind(folder: Path, config: Mapping[str, Any], task: Task) -> None:
         raise WanError(f"{folder} is a Wan2.1 image-to-video model, which needs a CLIP vision encoder; use Wan2.2's")
 
 
-def _scheduler(folder: Path | None, shift: float) -> Callable[[], Any]:
-    """UniPC on the flow schedule with `shift`, otherwise as the checkpoint has it."""
+def _scheduler(folder: Path | None, shift: float, solver: str) -> Callable[[], Any]:
+    """UniPC on the flow schedule with `shift`, otherwise as the checkpoint has it.
+
+    Of first order and without its corrector UniPC is Euler's method.
+    """
     from diffusers import UniPCMultistepScheduler
 
     if folder is None:
@@ -134,4 +160,7 @@ def _scheduler(folder: Path | None, shift: float) -> Callable[[], Any]:
         config = UniPCMultistepScheduler.load_config(folder, local_files_only=True)
     if not config.get("use_flow_sigmas"):
         raise WanError(f"{folder} is no flow-matching UniPC schedule; its shift could not be set to {shift}")
-    return lambda: UniPCMultistepScheduler.from_config(config, flow_shift=shift)
+    own: dict[str, Any] = {"flow_shift": shift}
+    if solver == "euler":
+        own |= {"solver_order": 1, "disable_corrector": list(range(config.get("num_train_timesteps", 1000)))}
+    return lambda: UniPCMultistepScheduler.from_config(config, **own)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ipvg_ray.models.wan import load, speed, tiles
+from ipvg_ray.models.wan import load, lora, speed, tiles
 from ipvg_ray.models.wan.autoencoder import Autoencoder
 from ipvg_ray.models.wan.cache import FirstBlock, TaylorSeer
 from ipvg_ray.models.wan.errors import WanError
@@ -32,7 +32,7 @@ class VideoMaker:
     """Makes batches of videos.
 
     Args:
-        section: the configuration's.
+        section: the configuration's; paths of LoRA files are whole.
         folder: the checkpoint's.
         device: `cuda` or `cpu`.
         mesh: this process's place among the ranks that make each video together; all then make the same calls.
@@ -143,8 +143,13 @@ def _own(sums: Tensor) -> Tensor:
 def _loaded(section: VideoConfig, folder: Path, task: Task, device: str, *, whole: bool) -> load.Parts:
     """The model's parts, their transformers made fast; on the device if `whole`, else on the CPU but for the VAE."""
     dtype = getattr(torch, section.dtype)
-    parts = load.load(folder, task, dtype=dtype, device=device if whole else "cpu", shift=section.shift)
+    where = device if whole else "cpu"
+    parts = load.load(folder, task, dtype=dtype, device=where, shift=section.shift, solver=section.solver)
     parts.vae.to(device)
+    for adapter in section.loras:
+        chosen = {"both": parts.transformers, "high": parts.transformers[:1], "low": parts.transformers[1:]}
+        for transformer in chosen[adapter.expert]:
+            lora.fuse(transformer, Path(adapter.path), adapter.scale)
     attention = section.attention
     if attention == "auto" and device == "cuda" and not whole:  # the weights are not yet where they are to work
         attention = speed.best_attention(torch.cuda.get_device_capability())
