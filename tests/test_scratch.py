@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from engine_driver import freeze_fake, request
 from engine_inprocess import drive, make_worker
 
 from ipvg_ray import tables
+from ipvg_ray.pipeline import compact as compacting
 from ipvg_ray.pipeline import run as engine
 from ipvg_ray.pipeline.compact import compact
+from ipvg_ray.pipeline.lease import Held
 from ipvg_ray.pipeline.scratch import RunScratch, owner_of, tidy
 from ipvg_ray.pipeline.store import FencedError, Store, new_session
 
@@ -92,3 +95,23 @@ def test_a_run_keeps_the_work_of_rows_set_aside_until_it_is_compacted(tmp_path: 
     (tmp_path / "run/run.json").write_text(json.dumps(run | {"sessions": [{"outcome": "complete"}]}))
     compact(tmp_path / "run")
     assert kept[2].read("row") is None
+
+
+def test_the_work_of_a_start_that_took_the_run_over_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this = drive(request(tmp_path / "run"), identities=1, prompts=1)
+    run = tables.read_run(tmp_path / "run")
+    (tmp_path / "run/run.json").write_text(json.dumps(run | {"sessions": [{"outcome": "complete"}]}))
+    scratch = RunScratch(this.store, "third-1")
+    scratch._place("row").parent.mkdir(parents=True)
+    scratch._place("row").write_bytes(b"state")
+    held = compacting.lock
+
+    def lost(run_dir: Path, on_lost: Callable[[], None]) -> Held:
+        on_lost()
+        return held(run_dir)
+
+    monkeypatch.setattr(compacting, "lock", lost)
+    compact(tmp_path / "run")
+    assert scratch.read("row") == b"state"

@@ -40,16 +40,17 @@ def compact(run_dir: RunPath, part_bytes: int = 256 << 20) -> dict[str, tuple[in
         NotARunError: where the folder is no run.
         RunLockedError: where another process is at work in it.
     """
-    run = tables.read_run(run_dir)
-    names = [*run["stages"], "failures"]
-    complete = (run.get("sessions") or [{}])[-1].get("outcome") == "complete"
+    tables.read_run(run_dir)  # a folder that is no run must not get a lock
     lost = threading.Event()
     with contextlib.closing(lock(run_dir, lost.set)):
+        run = tables.read_run(run_dir)
+        names = [*run["stages"], "failures"]
+        complete = (run.get("sessions") or [{}])[-1].get("outcome") == "complete"
         store = Store(run_dir.resolve(), new_session())
         store.begin()
         try:
             found = {name: _compact_table(store, name, part_bytes, lost) for name in names}
-            if complete:
+            if complete and not lost.is_set():
                 remove_folder(store.engine_dir / FOLDER)
             return found
         finally:
