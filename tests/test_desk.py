@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +71,20 @@ def test_only_the_last_process_shows_that_the_stage_works(office: FakeDesk, tmp_
     one.begin(Event("s", "b", began=1), first)
     one.end(Event("s", "b", ended=True, closed=True, done=1))
     assert [start(office, tmp_path, str(process))[2] for process in range(2, 7)] == [1, 2, 3, 4, 5]
+
+
+def test_an_answer_of_the_desk_that_comes_late_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter(["first answer", "second answer"])
+    far = SimpleNamespace(take=SimpleNamespace(remote=lambda: next(answers)))
+    heard, late = desk._Heard(far), [True, False, False]
+
+    def get(answer: str, timeout: float) -> list[str]:
+        if late.pop(0):
+            raise desk.ray.exceptions.GetTimeoutError
+        return [answer]
+
+    monkeypatch.setattr(desk.ray, "get", get)
+    assert [heard.take() for _ in range(3)] == [[], ["first answer"], ["second answer"]]
 
 
 def test_the_driver_follows_whole_lines(tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ def listening(desk: Any, store: Store, on_events: Callable[[Sequence[Event]], No
 def _taker(desk: Any, store: Store) -> Callable[[], list[Event]]:
     folder = store.session_dir / TRIES
     if not isinstance(folder, Path):
-        return lambda: _heard(desk)
+        return _Heard(desk).take
     followed = _Followed(folder)
     followed.take()  # what an earlier execution of the session told has been heard
 
@@ -242,8 +242,20 @@ def _taker(desk: Any, store: Store) -> Callable[[], list[Event]]:
     return take
 
 
-def _heard(desk: Any) -> list[Event]:
-    try:
-        return list(ray.get(desk.take.remote(), timeout=10))
-    except ray.exceptions.RayError:
-        return []  # the counts on the screen lag; the run itself does not depend on them
+class _Heard:
+    """What the desk hears. An answer that comes late is waited for again: the desk has forgotten what it told."""
+
+    def __init__(self, desk: Any) -> None:
+        self.desk = desk
+        self.asked: Any = None
+
+    def take(self) -> list[Event]:
+        """What was told since the last call; nothing where the desk does not answer now."""
+        asked, self.asked = self.asked or self.desk.take.remote(), None
+        try:
+            return list(ray.get(asked, timeout=10))
+        except ray.exceptions.GetTimeoutError:
+            self.asked = asked
+        except ray.exceptions.RayError:
+            pass  # the counts on the screen lag; the run itself does not depend on them
+        return []
