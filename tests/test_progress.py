@@ -28,6 +28,26 @@ def test_counts_follow_the_events() -> None:
     assert faces.busy == 0.5
 
 
+def test_what_a_start_has_done_is_kept_when_it_begins_again() -> None:
+    progress = fresh()
+    progress.add([Event("faces", "a", done=1, failed=1, seconds=0.5, ended=True)])
+    progress.restart({"faces": Counts(4, 2, 1, 0, 1), "video": Counts(8, 2, 0, 2, 4)})
+    progress.add([Event("faces", "b", done=1, seconds=0.5, ended=True)])
+    assert progress.done_here("faces") == (2, 1)
+    assert progress.stages["faces"].busy == 1.0, "of the same rows"
+
+
+def test_a_nodes_first_row_is_that_of_its_first_process() -> None:
+    progress = fresh()
+    progress.add([Event("video", "a", began=1, node="n", node_age=90.0)])
+    progress.add([Event("video", "b", began=1, node="n", node_age=7200.0)])  # a worker that came, or came again, later
+    progress.restart({"faces": Counts(4, 1, 0, 0, 3), "video": Counts(8, 2, 0, 0, 6)})
+    progress.add([Event("video", "a", began=1, node="n", node_age=9000.0)])
+    assert progress.stages["video"].first_row == 90.0
+    progress.add([Event("video", "c", began=1, node="m", node_age=95.0)])
+    assert progress.stages["video"].first_row == 95.0
+
+
 def test_log_lines_where_there_is_no_terminal() -> None:
     stream = io.StringIO()
     with Display(fresh(), stream) as display:

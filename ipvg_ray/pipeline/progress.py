@@ -27,7 +27,8 @@ _WINDOW = 60.0
 
 @dataclass
 class StageProgress:
-    """Live counts of one stage: rows. `first_row` is the longest that a node was up before its first one began, s."""
+    """Live counts of one stage: rows. `first_row` is the longest that a node was up before its first one began, s;
+    `nodes` those on which one has begun."""
 
     counts: Counts
     done: int = 0
@@ -37,6 +38,7 @@ class StageProgress:
     busy: float = 0.0
     history: list[tuple[float, int]] = field(default_factory=list)
     first_row: float = 0.0
+    nodes: set[str] = field(default_factory=set)
 
     @property
     def finished(self) -> int:
@@ -79,6 +81,7 @@ class Progress:
 
     def __init__(self, counts: Mapping[str, Counts], grains: Mapping[str, str], prompts: float) -> None:
         self.stages = {name: StageProgress(c) for name, c in counts.items()}
+        self.began = dict(counts)
         self.grains = dict(grains)
         self.prompts = prompts
         self.started = time.monotonic()
@@ -87,7 +90,14 @@ class Progress:
     def restart(self, counts: Mapping[str, Counts]) -> None:
         """Begin again from what is on disk: batches that were in work are not, and some were counted twice."""
         for name, stage in self.stages.items():
-            self.stages[name] = StageProgress(counts[name], busy=stage.busy)
+            self.stages[name] = StageProgress(
+                counts[name], busy=stage.busy, first_row=stage.first_row, nodes=stage.nodes
+            )
+
+    def done_here(self, name: str) -> tuple[int, int]:
+        """Rows of a stage that were finished since this start began, however often it began again, and those failed."""
+        stage, began = self.stages[name], self.began[name]
+        return stage.finished - began.done, stage.all_failed - began.failed
 
     def add(self, events: Sequence[Event]) -> None:
         """Take in what workers told since the last call."""
@@ -102,7 +112,9 @@ class Progress:
             stage.done += event.done
             stage.failed += event.failed
             stage.busy += event.seconds
-            stage.first_row = max(stage.first_row, event.node_age)
+            if event.node_age and event.node not in stage.nodes:  # a later process on it says nothing of the node
+                stage.nodes.add(event.node)
+                stage.first_row = max(stage.first_row, event.node_age)
             if ended:
                 stage.history = [*stage.history[-500:], (now, ended)]
             if event.began > 0 and not stage.history:

@@ -209,8 +209,7 @@ def _finished(counts: dict[str, Counts]) -> int:
 def _tally(seen: shown.Progress, steps: Sequence[Step]) -> dict[str, dict[str, Any]]:
     return {
         step.name: {
-            "rows": seen.stages[step.name].done,
-            "failed": seen.stages[step.name].failed,
+            **dict(zip(("rows", "failed"), seen.done_here(step.name), strict=True)),
             "busy_seconds": round(seen.stages[step.name].busy, 2),
             "first_row_seconds": round(seen.stages[step.name].first_row, 1),
             "workers": step.stage.resources().max_workers,
