@@ -75,6 +75,17 @@ def test_work_on_a_lost_node_does_not_count() -> None:
     assert len(scene.given_up) == 1
 
 
+def test_where_others_fill_the_cluster_it_is_waited_for() -> None:
+    scene = Scene(FULL)
+    scene.watch.restart(whole=4.0)
+    scene.wait(1000)
+    assert (len(scene.said), scene.given_up) == (1, []), "it has all the CPUs that it had"
+    scene.watch.restart(whole=8.0)
+    scene.wait(200)
+    assert len(scene.given_up) == 1, "it has lost some"
+    assert "lower the stages' pools" in scene.given_up[0]
+
+
 PROGRAM = """
 import sys, time
 sys.path.insert(0, sys.argv[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import signal
 import threading
@@ -172,7 +173,8 @@ def _execute_once(
         }
         # A ledger for each: what broke off before says nothing of the rows that were in work then.
         desk = make_desk()
-        stall.restart(functools.partial(loading, desk))
+        shared = bool(os.environ.get("RAY_ADDRESS"))
+        stall.restart(functools.partial(loading, desk), space.room().cpus if shared else math.inf)
         try:
             execute.execute(group, specs(this, request), tickets, on_events, desk)
         finally:

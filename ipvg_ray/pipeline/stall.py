@@ -6,6 +6,7 @@ the run began, or was never large enough, pools may fill it, and these tasks wai
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class StallWatch:
         needed: CPUs that must be free on one node for rows to be read and dealt.
         say: told once for each time that it stands still.
         give_up: called, with why, where it goes on standing still; None where nodes may still come.
+        whole: CPUs from which on it is waited for all the same: on a cluster that is not the run's alone those it had
+            when the execution began, as then it is others' work that fills it, and will end.
         clock: seconds.
         loading: nodes on which workers are loading now; asked as `room` is.
         open: per stage and batch in work, its node.
@@ -50,17 +53,18 @@ class StallWatch:
     give_up: Callable[[str], None] | None = None
     clock: Callable[[], float] = time.monotonic
     loading: Callable[[], Sequence[str]] = tuple
+    whole: float = math.inf
     open: dict[tuple[str, str], str] = field(default_factory=dict)
     since: float = 0.0
     due: float = 0.0
     said: bool = False
 
     def __post_init__(self) -> None:
-        self.restart(self.loading)
+        self.restart(self.loading, self.whole)
 
-    def restart(self, loading: Callable[[], Sequence[str]] = tuple) -> None:
+    def restart(self, loading: Callable[[], Sequence[str]] = tuple, whole: float = math.inf) -> None:
         """Begin to count anew, as with each execution."""
-        self.loading = loading
+        self.loading, self.whole = loading, whole
         self.open.clear()
         self.since, self.said = self.clock(), False
         self.due = self.since + _NAMED_S
@@ -85,16 +89,17 @@ class StallWatch:
         silent = now - self.since
         why = (
             f"no row is in work, and of the cluster's {room.cpus:g} CPUs no node has {self.needed:g} free, which "
-            "reading and dealing rows take: the pools fill it"
+            "reading and dealing rows take: the pools, or other work there, fill it"
         )
+        mendable = self.give_up if room.cpus < self.whole else None
         if not self.said:
             self.said = True
             mend = (
                 ""
-                if self.give_up
-                else "; if no nodes will come, stop the run and go on with --in-turn or smaller pools"
+                if mendable
+                else "; if nothing there ends and no nodes come, stop the run and go on with --in-turn or smaller pools"
             )
             self.say(f"nothing moves: {why}{mend}")
-        if self.give_up and silent >= _GIVEN_UP_S:
+        if mendable and silent >= _GIVEN_UP_S:
             self.due = now + _GIVEN_UP_S
-            self.give_up(why)
+            mendable(f"{why}; where this comes again, lower the stages' pools")
