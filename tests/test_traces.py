@@ -187,6 +187,10 @@ def test_what_cannot_be_sent_is_said_at_once(tmp_path: Path, monkeypatch: pytest
             traces_of(steps, "run")
         with pytest.raises(WorkerStartError, match=r"install ipvg-ray\[traces\]"):
             Worker(spec, "cpu", TryLedger(), this_process())
+        monkeypatch.delitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter")
+        monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "16")
+        with pytest.raises(WorkerStartError, match=r"first cannot trace its rows: .*batch_size.*OTEL_"):
+            Worker(spec, "cpu", TryLedger(), this_process())
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/json")
     with pytest.raises(TracesError, match="may be http/protobuf or grpc"):
         traces_of(steps, "run")

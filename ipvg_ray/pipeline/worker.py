@@ -335,12 +335,17 @@ def _tracer(spec: WorkerSpec, who: Who, gpus: Sequence[str]) -> Tracer | None:
     """What traces a worker's rows, where that is asked for. Raises WorkerStartError."""
     if spec.traces is None:
         return None
-    from ipvg_ray.pipeline.traces import Tracer, TracesError  # only where they are wanted
-
     try:
+        from ipvg_ray.pipeline.traces import Tracer  # only where they are wanted
+
         return Tracer(spec.traces, spec.step, spec.store, who, gpus)
-    except TracesError as error:
+    except UserError as error:
         raise WorkerStartError(str(error)) from error
+    except Exception as error:  # OpenTelemetry refuses settings of its own in many ways
+        raise WorkerStartError(
+            f"{spec.step.name} cannot trace its rows: {type(error).__name__}: {error}; look at the OTEL_ variables, or "
+            "set traces to false"
+        ) from error
 
 
 class Journal:
