@@ -9,7 +9,7 @@ import signal
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,16 @@ from ipvg_ray.pipeline.plan import PlanError, Step, make_steps
 from ipvg_ray.pipeline.stage import Stage
 from ipvg_ray.pipeline.store import Store, new_session, remove_table
 from ipvg_ray.pipeline.survey import Counts, Survey, survey
-from ipvg_ray.storage import RunPath, TornPartError, copy_file, folders, make_folder, parquet, remove_folder
+from ipvg_ray.storage import (
+    RunPath,
+    StorageError,
+    TornPartError,
+    copy_file,
+    folders,
+    make_folder,
+    parquet,
+    remove_folder,
+)
 
 Freeze = Callable[[Path], dict[str, Any]]
 """Writes the identity set's tables below a folder and returns what run.json keeps of it under `dataset`."""
@@ -104,7 +113,8 @@ class Opened:
         """Remove work in progress that nobody will go on from; `counts` say how the stages stand now."""
         done = [name for name, count in counts.items() if count.done == count.total]
         if not self.lost:
-            scratch.tidy(self.store, _digests(self.prints), done)
+            with suppress(StorageError):  # the next start removes it
+                scratch.tidy(self.store, _digests(self.prints), done)
 
     def renew(self) -> None:
         """Begin a session anew: workers of the last one that may still live can write nothing more."""

@@ -15,7 +15,8 @@ from ipvg_ray.pipeline.ledger import Event
 
 _NAMED_S = 60.0
 """Seconds without any sign from the workers after which the cluster is looked at."""
-_GIVEN_UP_S = 180.0
+_GIVEN_UP_S = 600.0
+"""Longer than readers try again at a storage that fails, and than a cloud takes to bring a node back."""
 _EVERY_S = 10.0
 
 
