@@ -104,6 +104,7 @@ def test_its_needs_and_failures(models, monkeypatch):
     changed, flat = with_picture(1, image_sha256="0" * 64), with_picture(1, reference_landmarks=[[5.0] * 212])
     results = stage.process([changed, flat])
     assert [r.kind for r in results if isinstance(r, RowError)] == ["image_changed", "bad_landmarks"]
+    assert all(r.message.startswith("reference picture 0 (0 is the first): ") for r in results)
     with pytest.raises(ValueError, match="base_weight is above 0"):
         started(models, monkeypatch, base_weight=0.5)
 
