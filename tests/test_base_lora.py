@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from first_frame_stage import picture, row, started
-from PIL import Image, ImageDraw, ImageFilter
+from scipy.ndimage import gaussian_filter
 from sdxl_minis import add_base, face, make_minis
+from skimage.draw import polygon2mask
 
 from ipvg_ray.media import images
 from ipvg_ray.models.base_picture import base_picture
@@ -55,26 +56,29 @@ def test_the_face_is_blurred_out_and_the_rest_is_not():
     assert np.array_equal(seen[share == 0], kept[share == 0])
 
 
-def test_the_released_codes_numbers():
-    """Worked out here with Pillow, as that code has it: half edge 0.8, blurs of 45 and 15 at 512, polygon times 1.4."""
+def test_the_published_numbers():
+    """By scikit-image and SciPy: a square of 0.8 edges to each side, blurs of 45 and 15 at 512, polygon times 1.4."""
     rgb = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    rgb = np.kron(rgb, np.ones((10, 10, 1), np.uint8))
+    rgb = np.kron(rgb, np.ones((10, 10, 1), np.uint8)).astype(float)
     points = landmarks(400)
     polygon = points[list(FACE_POLYGON)]
-    centre, edge = polygon.mean(axis=0), np.ptp(polygon, axis=0).max()
-    left, top, side = *np.round(centre - 0.8 * edge).astype(int).tolist(), round(1.6 * edge)
-    mask = Image.new("L", (400, 400))
-    ImageDraw.Draw(mask).polygon([tuple(p) for p in (polygon - centre) * 1.4 + centre], fill=255)
-    square = (left, top, left + side, top + side)
-    face = Image.fromarray(rgb).crop(square).resize((512, 512)).filter(ImageFilter.GaussianBlur(45))
-    soft = mask.crop(square).resize((512, 512)).filter(ImageFilter.GaussianBlur(15)).resize((side, side))
-    whole = Image.fromarray(rgb)
-    whole.paste(face.resize((side, side)), (left, top), soft)
+    middle, edge = polygon.mean(axis=0), np.ptp(polygon, axis=0).max()
+    (left, top), side = np.round(middle - 0.8 * edge).astype(int), round(1.6 * edge)
+    square = slice(top, top + side), slice(left, left + side)
+    enlarged = polygon2mask((400, 400), (1.4 * polygon - 0.4 * middle)[:, ::-1]).astype(float)
+
+    def softened(values: np.ndarray, sigma: float) -> np.ndarray:
+        scale = 512 / side
+        return gaussian_filter(values, (sigma / scale, sigma / scale, *[0] * (values.ndim - 2)), mode="nearest")
+
+    share = softened(enlarged[square], 15)[..., None]
+    expected = rgb.copy()
+    expected[square] += share * (softened(rgb[square], 45) - rgb[square])
     x, y, half = landmark_box(points)
-    expected = whole.crop(tuple(round(v) for v in (x - half, y - half, x + half, y + half)))
-    made = base_picture(rgb, points).astype(int)
-    assert np.abs(made - np.asarray(expected)).mean() < 2
-    assert np.abs(made - np.asarray(Image.fromarray(rgb).crop(square).resize(expected.size))).mean() > 20
+    seen = (slice(round(y - half), round(y + half)), slice(round(x - half), round(x + half)))
+    made = base_picture(rgb.astype(np.uint8), points).astype(float)
+    assert np.abs(made - expected[seen]).mean() < 1
+    assert np.abs(made - rgb[seen]).mean() > 20
 
 
 def test_a_base_picture_ends_at_the_pictures_edges():
@@ -104,6 +108,7 @@ def test_its_needs_and_failures(models, monkeypatch):
     changed, flat = with_picture(1, image_sha256="0" * 64), with_picture(1, reference_landmarks=[[5.0] * 212])
     results = stage.process([changed, flat])
     assert [r.kind for r in results if isinstance(r, RowError)] == ["image_changed", "bad_landmarks"]
+    assert all(r.message.startswith("reference picture 0 (0 is the first): ") for r in results)
     with pytest.raises(ValueError, match="base_weight is above 0"):
         started(models, monkeypatch, base_weight=0.5)
 

@@ -19,9 +19,10 @@ from known_faces import KnownFaces
 from ipvg_ray import config
 from ipvg_ray.media import images, videos
 from ipvg_ray.metrics import catalogue, frames
-from ipvg_ray.metrics.scorer import Scores
+from ipvg_ray.metrics.scorer import MetricError, Scores
 from ipvg_ray.models.mini import metrics
 from ipvg_ray.pipeline.stage import RowError, StageContext
+from ipvg_ray.stages import evaluate
 from ipvg_ray.stages.evaluate import EvaluateStage
 
 SIZE = {"width": 64, "height": 48, "frames": 9}
@@ -274,6 +275,18 @@ def test_what_fails_on_one_video_leaves_the_others_of_its_batch_alone(full_stage
     assert isinstance(together[2].__cause__, RuntimeError)
 
 
+@pytest.mark.parametrize(
+    ("failure", "mend"),
+    [
+        ("gme_score: OutOfMemoryError: CUDA out of memory", "lower evaluate.batch"),
+        ("gme_score: ValueError: odd", "leave the metric out of evaluate.metrics"),
+        ("arc_sim: ValueError: the reference's embedding is zero", "mend the video or its reference"),
+    ],
+)
+def test_what_is_said_to_mend_a_failed_metric_can_be_done(failure, mend):
+    assert mend in evaluate._failed(MetricError(failure)).message
+
+
 def test_a_lost_gpu_is_not_the_rows_failure(full_stage, tmp_path):
     def lost(pixels):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -342,5 +355,6 @@ def test_models_that_are_not_used_are_not_part_of_the_fingerprint(stage, tmp_pat
     assert other.fingerprint_settings() == stage.fingerprint_settings()
     faster = EvaluateStage(config.load("cpu-mini", values=values, overrides=["evaluate.batch=16"]))
     assert faster.fingerprint_settings() == stage.fingerprint_settings()
+    assert faster.fingerprint_settings()["batch"] == 2, "as finished runs of older versions have it"
     changed = EvaluateStage(config.load("cpu-mini", values=values, overrides=["evaluate.frames=8"]))
     assert changed.fingerprint_settings() != stage.fingerprint_settings()

@@ -113,6 +113,7 @@ def test_a_further_id_picture_that_cannot_be_read_fails_its_row_alone(stage):
     failed, drawn = stage.process([broken, seen_on(3, identity="other")])
     assert isinstance(failed, RowError)
     assert failed.kind == "broken_image"
+    assert failed.message.startswith("id picture 1 (0 is the first): ")
     assert picture(drawn).shape == (64, 88, 3)
 
 

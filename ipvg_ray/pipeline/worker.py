@@ -392,6 +392,11 @@ def rows_of(seeded: pa.Table, stage: Stage) -> list[Row]:
 
 def explode(table: pa.Table, into: pa.Schema) -> pa.Table:
     """Identity rows to sample rows of schema `into`: each sample gets its identity's columns."""
+    # One at a time: Arrow copies at most 2 GiB of pictures into one array.
+    return pa.concat_tables([into.empty_table(), *(_exploded(table.slice(i, 1), into) for i in range(len(table)))])
+
+
+def _exploded(table: pa.Table, into: pa.Schema) -> pa.Table:
     lists = table[SAMPLES].combine_chunks()
     samples = pc.list_flatten(lists)
     identity = table.drop_columns([SAMPLES]).take(pc.list_parent_indices(lists))

@@ -64,10 +64,12 @@ class EvaluateStage(Stage):
     def fingerprint_settings(self) -> dict[str, Any]:
         """Without what `models` says already: the models that are not used, and whether their terms are accepted.
 
-        Nor with how many frames go through a network at once, which changes the last bits at most.
+        Nor with how many frames go through a network at once, which changes the last bits at most: whatever it is, the
+        default stands for it, because older versions counted it and their runs shall go on.
         """
-        unused = {*catalogue.fields_of(catalogue.NAMES), "accept_licence", "batch"}
-        return {key: value for key, value in super().fingerprint_settings().items() if key not in unused}
+        unused = {*catalogue.fields_of(catalogue.NAMES), "accept_licence"}
+        settings = {key: value for key, value in super().fingerprint_settings().items() if key not in unused}
+        return settings | {"batch": 2}
 
     def usable(self) -> tuple[list[str], dict[str, str]]:
         """Metrics that can be computed, and the reason for each other one that is wanted.
@@ -218,11 +220,17 @@ def _failed(error: MetricError) -> RowError:
     cause = error.__cause__
     if cause is not None and context_lost(cause):
         raise cause
-    full = "out of memory" in str(cause)
-    mend = "lower evaluate.batch" if full else "to have the other scores, leave the metric out of evaluate.metrics"
-    failure = RowError("metric_failed", f"{error}; {mend}")
+    failure = RowError("metric_failed", f"{error}; {_mend(error)}")
     failure.__cause__ = cause
     return failure
+
+
+def _mend(error: MetricError) -> str:
+    if any(words in str(error) for words in ("out of memory", "Failed to allocate memory")):  # torch's, onnxruntime's
+        return "lower evaluate.batch, or give each worker more of the GPU with evaluate.pool.gpus"
+    if str(error).partition(":")[0] in catalogue.NAMES:
+        return "to have the other scores, leave the metric out of evaluate.metrics"
+    return "it is computed of every video: look at the failure's traceback, and mend the video or its reference"
 
 
 class EvaluateGivenStage(EvaluateStage):

@@ -184,7 +184,7 @@ class FirstFrameStage(Stage):
         try:
             return (yield from self._columns(row))
         except images.ImageError as error:
-            raise RowError(error.kind, f"the id picture: {error}") from error
+            raise RowError(error.kind, str(error)) from error
         except LandmarkError as error:
             raise RowError("bad_landmarks", str(error)) from error
 
@@ -357,7 +357,7 @@ def person(row: Row, config: Config) -> Identity:
     from ipvg_ray.models.painter import Identity
 
     cells = [row["id_picture"], *(row["more_id_pictures"] or ())]
-    pictures = tuple(images.decode(images.image_bytes(cell)) for cell in cells)
+    pictures = tuple(_decoded(f"id picture {number} (0 is the first)", cell) for number, cell in enumerate(cells))
     if config.first_frame.grayscale:
         pictures = tuple(images.grey(picture) for picture in pictures)
     base = _base_pictures(row, config.dataset.max_image_pixels) if config.first_frame.base_weight else ()
@@ -367,15 +367,28 @@ def person(row: Row, config: Config) -> Identity:
 def _base_pictures(row: Row, max_pixels: int) -> tuple[np.ndarray, ...]:
     """The used reference pictures with their faces blurred out, for a Base LoRA."""
     from ipvg_ray.models.base_picture import base_picture
+    from ipvg_ray.models.matting import LandmarkError
 
     cells = [row["image"], *(row["more_images"] or ())]
     hashes = [row["image_sha256"], *(row["more_images_sha256"] or ())]
     made = []
     known = zip(row["reference_numbers"], row["reference_landmarks"], strict=True)
     for number, points in compress(known, row["reference_used"]):
-        rgb = images.decode(images.image_bytes(cells[number], hashes[number]), max_pixels)
-        made.append(base_picture(rgb, np.asarray(points, np.float64).reshape(-1, 2)))
+        what = f"reference picture {number} (0 is the first)"
+        rgb = _decoded(what, cells[number], hashes[number], max_pixels)
+        try:
+            made.append(base_picture(rgb, np.asarray(points, np.float64).reshape(-1, 2)))
+        except LandmarkError as error:
+            raise LandmarkError(f"{what}: {error}") from error
     return tuple(made)
+
+
+def _decoded(what: str, cell: Row, sha256: str | None = None, max_pixels: int = images.MAX_PIXELS) -> np.ndarray:
+    """The picture in a cell; an ImageError calls it `what`."""
+    try:
+        return images.decode(images.image_bytes(cell, sha256), max_pixels)
+    except images.ImageError as error:
+        raise images.ImageError(error.kind, f"{what}: {error}") from error
 
 
 def _used(row: Row, column: str) -> np.ndarray:
