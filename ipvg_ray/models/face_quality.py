@@ -156,7 +156,7 @@ def odd_ones(embeddings: np.ndarray, least: float) -> list[int]:
 
 
 def used_ones(count: int, odd: Collection[int], most: int) -> list[bool]:
-    """For each picture of an identity whether its first frames are made from it: whether it shows the first's person.
+    """For each picture of an identity whether its first frames are made from it: the first ones that are not odd.
 
     The first stands for the identity, so it is used always, and alone where it is odd itself: then the others show
     someone else, or nobody can tell whom.
