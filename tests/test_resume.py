@@ -117,8 +117,10 @@ def test_the_same_batch_again_is_read_back(tmp_path: Path) -> None:
     this.store.begin()
     files = write_tickets(this.store.tickets_dir, this.steps, 0, this.found)
     batch = next(iter(read_rows(files, 0, 2, 2)))
-    worker = make_worker(this, asked, "first")
+    ledger = TryLedger()
+    worker = make_worker(this, asked, "first", ledger)
     first = worker(batch)
+    ledger.begin(Event("first", batch_digest(batch["identity_id"].to_pylist())), this_process())  # its worker died then
 
     def explode(rows: Any) -> Any:
         raise AssertionError("computed again")
@@ -127,6 +129,7 @@ def test_the_same_batch_again_is_read_back(tmp_path: Path) -> None:
     again = worker(batch)
     assert again.drop_columns([QUEUED]).equals(first.drop_columns([QUEUED]))
     assert again[QUEUED][0].as_py() > first[QUEUED][0].as_py(), "it leaves now"
+    assert ledger.tries == {}
 
 
 def test_a_worker_that_died_is_counted_and_the_row_set_aside(tmp_path: Path) -> None:
@@ -168,6 +171,7 @@ def test_a_death_between_failures_and_rows_writes_nothing_twice(tmp_path: Path) 
         assert make_worker(this, asked, "first", ledger)(batch).num_rows == 2
         assert tables.read_table(asked.run_dir, "failures")["identity_id"].to_pylist() == ["id00001"]
         assert sorted(raw_keys(asked.run_dir, "first", "identity_id")) == ["id00000", "id00002"]
+        assert ledger.tries == {}
 
 
 def test_bad_results_fail_their_row_only(tmp_path: Path) -> None:

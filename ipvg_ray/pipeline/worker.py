@@ -160,11 +160,15 @@ class Worker:
     def _checkpointed(self, batch: pa.Table, keys: list[str], mates: int = 0) -> pa.Table:
         """The rows that are finished once the batch's outcome is on disk, as stored; `mates` were taken from it."""
         digest = batch_digest(keys)
+        over = Event(self.stage.name, digest, ended=True)  # told for a worker that died before it could
         with contextlib.suppress(FileNotFoundError):
             # The same batch again: its outcome was written, only the answer got lost, or what became of it.
-            return tables.read_part(self.store.part(self.stage.name, digest)).select(self.stored.names)
+            finished = tables.read_part(self.store.part(self.stage.name, digest)).select(self.stored.names)
+            self.ledger.end(over)
+            return finished
         if judged := self._failed_before(digest):
             # A worker died between writing the batch's failures and its finished rows: only those are owed.
+            self.ledger.end(over)
             rest = [i for i, key in enumerate(keys) if key not in judged]
             return self._checkpointed(batch.take(rest), [keys[i] for i in rest]) if rest else self.stored.empty_table()
         died = self._begin(digest, len(keys), alone=not self.turns)
