@@ -42,7 +42,7 @@ def test_a_full_cluster_in_which_nothing_is_in_work_is_named_then_given_up() -> 
     scene.wait(2)
     assert len(scene.said) == 1
     assert "of the cluster's 4 CPUs no node has 1 free" in scene.said[0]
-    scene.wait(60)
+    scene.wait(480)
     assert (len(scene.said), scene.given_up) == (1, [])
     scene.wait(60)
     assert len(scene.given_up) == 1
@@ -71,7 +71,7 @@ def test_long_rows_loading_workers_and_free_cpus_are_no_stall() -> None:
 
 def test_work_on_a_lost_node_does_not_count() -> None:
     scene = Scene(FULL)
-    scene.wait(300, Event("s", "b", began=1, node="lost"))
+    scene.wait(700, Event("s", "b", began=1, node="lost"))
     assert len(scene.given_up) == 1
 
 
@@ -81,7 +81,7 @@ def test_where_others_fill_the_cluster_it_is_waited_for() -> None:
     scene.wait(1000)
     assert (len(scene.said), scene.given_up) == (1, []), "it has all the CPUs that it had"
     scene.watch.restart(whole=8.0)
-    scene.wait(200)
+    scene.wait(700)
     assert len(scene.given_up) == 1, "it has lost some"
     assert "lower the stages' pools" in scene.given_up[0]
 
