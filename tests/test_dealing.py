@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 from engine_checks import check_complete, events
 from engine_driver import freeze_fake, request
 from engine_inprocess import drive
+from ray.data import DataContext
 
-from ipvg_ray.pipeline import execute
+from ipvg_ray import schema
+from ipvg_ray.pipeline import execute, lead
 from ipvg_ray.pipeline import run as engine
-from ipvg_ray.pipeline.plan import make_steps
+from ipvg_ray.pipeline.plan import make_steps, rows_ahead, rows_dealt
 from ipvg_ray.pipeline.progress import Progress
 from ipvg_ray.pipeline.stage import Resources
 from ipvg_ray.pipeline.store import Store
@@ -24,11 +28,54 @@ def test_dear_rows_are_dealt_singly() -> None:
     assert execute._in_flight(Resources(batch_size=1, concurrency=4)) == 8
 
 
-@pytest.mark.parametrize("batch", [1, 3, 16, 100, 256, 1000])
-def test_reads_are_whole_batches(batch: int) -> None:
-    assert execute.read_span(batch) % batch == 0
-    assert execute.read_span(batch) <= max(batch, 256)
-    assert execute.rows_ahead(Resources(batch_size=batch)) >= 2 * batch, "else a batch might never fill up"
+@pytest.mark.parametrize("batch", [1, 3, 16, 100, 256, 1000, 5000])
+@pytest.mark.parametrize("light", [True, False])
+def test_what_is_dealt_and_read_is_whole_batches(batch: int, light: bool) -> None:
+    asks = Resources(batch_size=batch)
+    dealt = rows_dealt(asks, light)
+    assert dealt % batch == 0
+    assert dealt == batch or (light and batch >= 256 and dealt <= 4096)
+    assert execute.read_span(dealt) % dealt == 0
+    assert execute.read_span(dealt) <= max(dealt, 16384)
+    assert rows_ahead(asks, light=light) >= 2 * dealt, "else a worker might wait for the next to be dealt"
+
+
+def test_rows_with_pictures_are_dealt_batch_by_batch() -> None:
+    text, picture = pa.field("text", pa.string()), pa.field("pictures", schema.IMAGE)
+    step = make_steps(request(Path("run"), batch=512).stages)[1]
+    assert step.dealt == 4096
+    for field in (picture, pa.field("pictures", pa.list_(pa.struct([text, picture])))):
+        heavy = dataclasses.replace(step, arriving=step.arriving.append(field))
+        assert not heavy.light
+        assert heavy.dealt == 512
+
+
+def test_readers_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lead, "ActorPoolMapOperator", _Operator)
+    reader, stage = _Operator("MapBatches(read_second)->Cut"), _Operator("MapBatches(second)")
+    stage.input_dependencies = [reader]
+    context = DataContext()
+    lead.bound_lead(context, {"second": 40}, {"read_second": 100})
+    policy = lead.LeadPolicy(context, [reader, stage], None)
+    assert policy.can_add_input(reader)
+    reader.metrics.num_tasks_running = 1
+    assert not policy.can_add_input(reader), "one that has yet to deal its rows is enough"
+    assert policy.max_task_output_bytes_to_read(reader) is None, "and these are wanted"
+    reader.metrics.rows_task_outputs_generated = 40
+    assert policy.max_task_output_bytes_to_read(reader) == 0
+    reader.metrics.num_tasks_running, stage.metrics.rows_inputs_of_submitted_tasks = 0, 1
+    assert policy.can_add_input(reader), "a reader that ended early, as readers do when the run stops, holds up nothing"
+
+
+class _Operator:
+    """As much of Ray Data's operators as the policy looks at."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.input_dependencies: list[_Operator] = []
+        self.metrics = SimpleNamespace(
+            num_tasks_running=0, rows_task_outputs_generated=0, rows_inputs_of_submitted_tasks=0
+        )
 
 
 def test_the_guard_against_standstill_follows_the_slowest_stage(tmp_path: Path) -> None:
@@ -61,7 +108,7 @@ def test_a_fast_stage_does_not_run_far_ahead(tmp_path: Path) -> None:
     ):
         ahead += event["way"] * len(event["keys"])
         most = max(most, ahead)
-    assert most <= execute.rows_ahead(Resources()) + 4, "what was in work when enough rows waited"
+    assert most <= rows_ahead(Resources()) + 4, "what was in work when enough rows waited"
     check_complete(tmp_path / "run")
 
 

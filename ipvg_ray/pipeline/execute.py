@@ -12,12 +12,13 @@ if not os.environ.get("RAY_ADDRESS"):
     # A local start writes a token, and a second start wants the first one's mode. A cluster that others started has a
     # mode of its own: with another one, actors of a driver that joins it die before they run.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
+    # Readers work in bursts. Ray would end their processes after a second, and each start takes two of a core.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # CPU workers see the machine as it is; no warning
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset, Datasource, ReadTask
-from ray.data.block import BlockMetadata
+from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.exceptions import ExecutionTimeoutError
 
 from ipvg_ray.errors import UserError
@@ -36,6 +37,9 @@ from ipvg_ray.pipeline.worker import Worker, WorkerSpec, WorkerStartError
 from ipvg_ray.storage import StorageError
 
 READ_CPUS = 0.5
+_DEALT_BY_TASK = 16
+_ROWS_READ = 16384
+"""How often one read task deals, and about how many rows in all."""
 _START_TRIES = 4
 """Workers of a stage that may fail to start one after another before the run ends."""
 _WORDS = 10
@@ -63,46 +67,13 @@ _LOSSES = (
 )
 
 
-class _Tickets(Datasource):
-    """Ray's view of a ticket file: read tasks over ranges of it, each giving rows in tables of one batch."""
+def read_span(dealt: int) -> int:
+    """Rows that one read task rebuilds, to deal them out so many at a time.
 
-    def __init__(self, tickets: TicketFile, batch: int, store: Store) -> None:
-        super().__init__()
-        self.tickets = tickets
-        self.batch = batch
-        self.store = store
-        self.span = read_span(batch)
-
-    def get_name(self) -> str:
-        return f"read_{self.tickets.path.stem}"
-
-    def estimate_inmemory_data_size(self) -> int | None:
-        return None
-
-    def starts(self) -> range:
-        return range(0, self.tickets.rows, self.span)
-
-    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
-        return [self._task(start) for start in self.starts()]
-
-    def _task(self, start: int) -> ReadTask:
-        tickets, batch, store = self.tickets, self.batch, self.store
-        stop = min(start + self.span, tickets.rows)
-        metadata = BlockMetadata(num_rows=stop - start, size_bytes=None, input_files=None, exec_stats=None)
-
-        def read() -> Iterator[pa.Table]:
-            return read_rows(tickets, start, stop, batch, store.stopping)
-
-        return ReadTask(read, metadata, schema=tickets.arriving)
-
-
-def read_span(batch: int) -> int:
-    """Rows that one read task rebuilds.
-
-    Ray joins what a task gives into one block. So a task gives one batch where batches are large, and else enough that
-    a million rows are some ten thousand tasks; of rows that are worth a batch of their own few, as they carry pictures.
+    Enough that a million rows are some ten thousand tasks; of rows that are dealt singly few, as they wait in one
+    place.
     """
-    return max(batch, min(16 * batch, 256) // batch * batch)
+    return dealt * max(1, min(_DEALT_BY_TASK, _ROWS_READ // dealt))
 
 
 def connect() -> None:
@@ -142,9 +113,11 @@ def execute(
     context.max_consecutive_actor_init_deaths = _START_TRIES
     context.execution_no_progress_timeout_s = no_progress_limit(steps)
     context.actor_pool_util_upscaling_threshold = _GROW_AT
+    context.memory_usage_poll_interval_s = None  # a thread for each task, to tell what nobody asks
     asks = [step.stage.resources() for step in steps]
-    ahead = map(rows_ahead, asks, [None, *asks])
-    bound_lead(context, {step.name: rows for step, rows in zip(steps, ahead, strict=True)})
+    before = [None, *asks[:-1]]
+    ahead = {s.name: rows_ahead(a, b, s.light) for s, a, b in zip(steps, asks, before, strict=True)}
+    bound_lead(context, ahead, {_reader(step.name): read_span(step.dealt) for step in steps})
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     with places(steps) as offices, listening(desk, specs[steps[0].name].store, on_events):
         dataset = _dataset(steps, specs, tickets, desk, offices)
@@ -176,16 +149,11 @@ def _dataset(
     dataset: Dataset | None = None
     before: Step | None = None
     for step in steps:
-        batch = step.stage.resources().batch_size
-        if (
-            dataset is not None
-            and before is not None
-            and (before.explodes or before.stage.resources().batch_size > batch)
-        ):
-            dataset = _dealt(dataset, batch)
+        if dataset is not None and before is not None and (before.explodes or before.dealt > step.dealt):
+            dataset = _dealt(dataset, step.dealt)
         entering = tickets.get(step.name)
         if entering is not None and entering.rows:
-            fresh = _read(entering, batch, specs[step.name].store)
+            fresh = _read(entering, step, specs[step.name].store)
             dataset = fresh if dataset is None else dataset.union(fresh)
         if dataset is not None:
             dataset = _map(dataset, step, specs[step.name], desk, offices.get(step.name))
@@ -193,18 +161,36 @@ def _dataset(
     return dataset
 
 
-def _dealt(dataset: Dataset, batch: int) -> Dataset:
-    """Cut into blocks of one batch: bigger ones would tie rows to one worker while others idle.
+def _dealt(dataset: Dataset, rows: int) -> Dataset:
+    """Cut into blocks of what is dealt at a time: bigger ones would tie rows to one worker while others idle.
 
     A task for every block that is cut, so only where blocks may be bigger; Ray itself joins those that are smaller.
     """
-    return dataset.repartition(target_num_rows_per_block=batch, strict=False)
+    return dataset.repartition(target_num_rows_per_block=rows, strict=False)
 
 
-def _read(entering: TicketFile, batch: int, store: Store) -> Dataset:
-    source = _Tickets(entering, batch, store)
-    fresh = ray.data.read_datasource(source, override_num_blocks=len(source.starts()), num_cpus=READ_CPUS)
-    return _dealt(fresh, batch) if source.span > batch else fresh
+def _reader(stage: str) -> str:
+    """The name of what reads the rows that enter at a stage, in Ray's dashboards and logs too."""
+    return f"read_{stage}"
+
+
+def _read(tickets: TicketFile, step: Step, store: Store) -> Dataset:
+    """The rows of a ticket file in blocks of what is dealt at a time.
+
+    One kind of task reads and cuts: Ray joins `map_batches` and the cut behind it, but not `read_datasource` and one.
+    """
+    batch = step.stage.resources().batch_size
+
+    def read(span: pa.Table) -> Iterator[pa.Table]:
+        start, stop = (span[name][0].as_py() for name in ("start", "stop"))
+        yield from read_rows(tickets, start, stop, batch, store.stopping)
+
+    read.__name__ = _reader(step.name)
+    rows = read_span(step.dealt)
+    starts = range(0, tickets.rows, rows)
+    spans = [pa.table({"start": [start], "stop": [min(start + rows, tickets.rows)]}) for start in starts]
+    fresh = ray.data.from_arrow(spans).map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=READ_CPUS)
+    return _dealt(fresh, step.dealt)
 
 
 def _map(dataset: Dataset, step: Step, spec: WorkerSpec, desk: Any, office: Any) -> Dataset:

@@ -23,6 +23,7 @@ from ray.data._internal.execution.operators.actor_pool_map_operator import Actor
 from ray.data._internal.execution.operators.union_operator import UnionOperator
 
 _ROWS = "ipvg_ray.rows_ahead"
+_SPANS = "ipvg_ray.read_spans"
 _DEALING = "StreamingRepartition"
 """Ray's name for operators that only cut the stream into other blocks."""
 
@@ -40,14 +41,16 @@ def give_up(why: str) -> None:
     _given_up.append(why)
 
 
-def bound_lead(context: DataContext, rows_ahead: Mapping[str, int]) -> None:
+def bound_lead(context: DataContext, rows_ahead: Mapping[str, int], spans: Mapping[str, int]) -> None:
     """Let at most about so many rows wait in front of each stage, beside those that are being made.
 
     Args:
         rows_ahead: rows by stage name; each at least two batches of the stage, so that a batch can fill up.
+        spans: rows that one task of a reader deals, by the reader's name.
     """
     _given_up.clear()
     context.set_config(_ROWS, dict(rows_ahead))
+    context.set_config(_SPANS, dict(spans))
     policies = [*ENABLED_BACKPRESSURE_POLICIES, LeadPolicy]
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, policies)
 
@@ -58,6 +61,7 @@ class LeadPolicy(BackpressurePolicy):
     def __init__(self, data_context: DataContext, topology: Any, resource_manager: Any) -> None:
         super().__init__(data_context, topology, resource_manager)
         rows_ahead = data_context.get_config(_ROWS, {})
+        self.spans = data_context.get_config(_SPANS, {})
         self.feeds: dict[Any, tuple[Any, list[Any], int]] = {}
         for stage in topology:
             for name, rows in rows_ahead.items():
@@ -65,16 +69,25 @@ class LeadPolicy(BackpressurePolicy):
                     sources = list(_sources(stage))
                     self.feeds.update(dict.fromkeys(sources, (stage, sources, rows)))
 
-    def _enough(self, op: Any) -> bool:
+    def _enough(self, op: Any, promised: int = 0) -> bool:
         if op not in self.feeds:
             return False
         stage, sources, rows = self.feeds[op]
         made = sum(source.metrics.rows_task_outputs_generated for source in sources)
-        return bool(made - stage.metrics.rows_inputs_of_submitted_tasks >= rows)
+        return bool(made + promised - stage.metrics.rows_inputs_of_submitted_tasks >= rows)
+
+    def _promised(self, op: Any) -> int:
+        """About what a reader's tasks under way will still deal.
+
+        Without it another task would begin while one waits to hand on its rows, in a process of its own, which Ray
+        ends a second later and starts again at the next: that costs more than all reading.
+        """
+        span = next((rows for name, rows in self.spans.items() if f"({name})" in op.name), 0)
+        return int(op.metrics.num_tasks_running) * span
 
     def can_add_input(self, op: Any) -> bool:
         """Whether the operator may begin another task."""
-        return not self._enough(op)
+        return not self._enough(op, self._promised(op))
 
     def max_task_output_bytes_to_read(self, op: Any) -> int | None:
         """Bytes that may be taken from tasks that are under way: readers wait while nothing is taken.

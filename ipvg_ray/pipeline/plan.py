@@ -22,6 +22,9 @@ QUEUED = "_queued"
 
 _BATCHES_AHEAD = 4
 """Batches that may wait in front of a stage for each that its pool can have in work."""
+_ROWS_DEALT = 4096
+_LARGE_BATCH = 256
+"""Batches of so many light rows are dealt several at a time, about so many rows."""
 
 
 class PlanError(UserError, ValueError):
@@ -56,19 +59,46 @@ class Step:
         return self.table.key[0]
 
     @property
+    def light(self) -> bool:
+        """Whether the rows that it receives carry no pictures, videos or other bytes."""
+        return not any(_holds_bytes(field.type) for field in self.arriving)
+
+    @property
+    def dealt(self) -> int:
+        """Rows that its workers are dealt at a time."""
+        return rows_dealt(self.stage.resources(), self.light)
+
+    @property
     def explodes(self) -> bool:
         """Whether its identity rows leave as one row per sample."""
         return SAMPLES in self.leaving.names and SAMPLES not in self.passing.names
 
 
-def rows_ahead(asks: Resources, before: Resources | None = None) -> int:
+def rows_dealt(asks: Resources, light: bool = False) -> int:
+    """Rows that go to a worker at a time: a batch, so that none waits behind another while a worker is idle.
+
+    A task of Ray's takes some 15 ms of processors, whatever is in it. A stage that asks for hundreds of rows at once
+    does little with each, so where these carry no media either, several of its batches share a task.
+    """
+    many = light and asks.batch_size >= _LARGE_BATCH
+    return asks.batch_size * max(1, _ROWS_DEALT // asks.batch_size) if many else asks.batch_size
+
+
+def rows_ahead(asks: Resources, before: Resources | None = None, light: bool = False) -> int:
     """Rows that may wait in front of a stage: enough that its largest pool never stands idle for want of dealing.
 
     Where the stage before it works on many rows at a time, twice as many as that: it begins anew when the last of what
     it made is dealt, and takes a while.
     """
     made = before.batch_size * before.max_workers * before.concurrency if before else 0
-    return max(_BATCHES_AHEAD * asks.batch_size * asks.max_workers * asks.concurrency, 2 * made)
+    dealt = max(_BATCHES_AHEAD * asks.batch_size, 2 * rows_dealt(asks, light))
+    return max(dealt * asks.max_workers * asks.concurrency, 2 * made)
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_nested(kind):
+        return any(_holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def samples_type() -> pa.DataType:

@@ -26,6 +26,8 @@ COUNT = "_count"
 """Tickets of identities: how many samples stand from the row in column `samples` on."""
 CHUNK = 1024
 """Tickets per row group of the file; each chunk has a list of its own of the part files that it refers to."""
+_KEPT_BYTES = 16 << 20
+"""Of what was read last this much is kept, as the next rows are often among it."""
 
 
 @dataclass(frozen=True)
@@ -92,75 +94,126 @@ def read_rows(
 
     Ends early once `stopping` says so.
     """
+    chunks = range(start // CHUNK, -(-stop // CHUNK))
     with parquet(tickets.path) as opened:
-        for chunk in range(start // CHUNK, -(-stop // CHUNK)):
-            first = chunk * CHUNK
-            low, high = max(start, first), min(stop, first + CHUNK)
-            chosen = opened.read_row_group(chunk).slice(low - first, high - low)
-            indexes = _indexes(_sidecar(tickets.path, chunk))
-            for offset in range(0, chosen.num_rows, block):
-                if stopping():
-                    return
-                yield _rebuild(tickets, chosen.slice(offset, block), indexes)
+        chosen = opened.read_row_groups(list(chunks)).slice(start - chunks.start * CHUNK, stop - start)
+    sources = _sources(tickets, chunks)
+    for offset in range(0, chosen.num_rows, block):
+        if stopping():
+            return
+        yield _rebuild(tickets, chosen.slice(offset, block), sources)
 
 
-def _indexes(sidecar: RunPath) -> dict[str, Index]:
-    nothing = pa.array([], pa.string())
-    return {
-        name: Index([run_path(f) for f in place["files"]], np.asarray(place["starts"], np.int64), nothing)
-        for name, place in json.loads(sidecar.read_text()).items()
-    }
-
-
-def _rebuild(tickets: TicketFile, chosen: pa.Table, indexes: dict[str, Index]) -> pa.Table:
+def _sources(tickets: TicketFile, chunks: range) -> dict[str, _Source]:
+    """What the tickets of some chunks refer to, by table."""
     wanted: dict[str, list[str]] = {"identities": ["identity_id"]}
-    by_sample = SAMPLES not in tickets.arriving.names
-    if by_sample:
-        wanted["samples"] = ["sample_id", "prompt_id"]
+    wanted["samples"] = ["sample_id", "prompt_id"]
+    if SAMPLES in tickets.arriving.names:
+        wanted["samples"] = [field.name for field in samples_type().value_type]
     for table, column in tickets.columns:
         wanted.setdefault(table, []).append(column)
+    files: dict[str, dict[int, RunPath]] = {table: {} for table in wanted}
+    for chunk in chunks:
+        for table, place in json.loads(_sidecar(tickets.path, chunk).read_text()).items():
+            files[table] |= {first: run_path(file) for first, file in zip(place["starts"], place["files"], strict=True)}
+    return {table: _Source(dict(sorted(places.items())), wanted[table]) for table, places in files.items()}
+
+
+def _rebuild(tickets: TicketFile, chosen: pa.Table, sources: dict[str, _Source]) -> pa.Table:
     values: dict[str, pa.ChunkedArray | pa.Array] = {ATTEMPT: chosen[ATTEMPT]}
-    values[QUEUED] = pa.array([time.time()] * chosen.num_rows, pa.float64())
-    for table, columns in wanted.items():
-        read = gather(indexes[table], chosen[table].to_numpy(), columns)
-        values |= {column: read[column] for column in columns}
-    if not by_sample:
-        values[SAMPLES] = _sample_lists(indexes["samples"], chosen["samples"].to_numpy(), chosen[COUNT].to_numpy())
+    values[QUEUED] = pa.repeat(time.time(), chosen.num_rows)
+    in_lists = SAMPLES in tickets.arriving.names
+    for table, source in sources.items():
+        rows = chosen[table].to_numpy()
+        if table == "samples" and in_lists:
+            values[SAMPLES] = _sample_lists(source, rows, chosen[COUNT].to_numpy())
+        else:
+            read = source.take(rows)
+            values |= {column: read[column] for column in source.columns}
     return pa.table([values[field.name] for field in tickets.arriving], names=tickets.arriving.names).cast(
         tickets.arriving
     )
 
 
-def _sample_lists(index: Index, first: np.ndarray, count: np.ndarray) -> pa.Array:
+def _sample_lists(source: _Source, first: np.ndarray, count: np.ndarray) -> pa.Array:
     """Each identity's samples as a list of structs; they stand together in the samples table."""
     fields = samples_type().value_type
     rows = np.concatenate([np.arange(f, f + c) for f, c in zip(first, count, strict=True)])
-    read = gather(index, rows, [field.name for field in fields]).combine_chunks()
+    read = source.take(rows).combine_chunks()
     structs = pa.StructArray.from_arrays([read[f.name].combine_chunks() for f in fields], fields=list(fields))
     offsets = np.concatenate([[0], np.cumsum(count)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), structs)
 
 
-def gather(index: Index, rows: np.ndarray, columns: list[str]) -> pa.Table:
-    """The given rows of a table, in the given order, reading only the files and row groups that hold them."""
-    file_of = np.searchsorted(index.starts, rows, side="right") - 1
-    order = np.argsort(file_of, kind="stable")
-    pieces = []
-    for number in np.unique(file_of):
-        inside = rows[order][file_of[order] == number] - index.starts[number]
-        pieces.append(_take(index.files[number], inside, columns))
-    back = np.empty(len(rows), np.int64)
-    back[order] = np.arange(len(rows))
-    return pa.concat_tables(pieces).take(pa.array(back))
+class _Source:
+    """Takes rows of a table from its part files, reading only the row groups that hold them.
+
+    Args:
+        files: part files by the number of their first row, in order.
+        columns: to be read.
+    """
+
+    def __init__(self, files: dict[int, RunPath], columns: list[str]) -> None:
+        self.files = list(files.values())
+        self.starts = np.array(list(files), np.int64)
+        self.columns = columns
+        self.kept: _Groups | None = None
+
+    def take(self, rows: np.ndarray) -> pa.Table:
+        """The rows of these numbers, in this order."""
+        file_of = np.searchsorted(self.starts, rows, side="right") - 1
+        numbers = np.unique(file_of)
+        if len(numbers) == 1:
+            return self._take(numbers[0], rows)
+        order = np.argsort(file_of, kind="stable")
+        pieces = [self._take(number, rows[order][file_of[order] == number]) for number in numbers]
+        back = np.empty(len(rows), np.int64)
+        back[order] = np.arange(len(rows))
+        return pa.concat_tables(pieces).take(pa.array(back))
+
+    def _take(self, number: int, rows: np.ndarray) -> pa.Table:
+        rows = rows - self.starts[number]
+        kept, self.kept = self.kept, None  # let go before the next is read, so that there is only one at a time
+        if kept is None or kept.number != number or not kept.holds(rows):
+            kept = None
+            kept = _Groups.read(number, self.files[number], rows, self.columns)
+        if kept.table.nbytes <= _KEPT_BYTES:
+            self.kept = kept
+        return kept.take(rows)
 
 
-def _take(file: RunPath, rows: np.ndarray, columns: list[str]) -> pa.Table:
-    with parquet(file) as opened:
-        sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
-        starts = np.concatenate([[0], np.cumsum(sizes)])
-        group_of = np.searchsorted(starts, rows, side="right") - 1
-        groups = np.unique(group_of)
-        shift = {g: s - starts[g] for g, s in zip(groups, np.cumsum([0, *(sizes[g] for g in groups)]), strict=False)}
-        table = opened.read_row_groups([int(g) for g in groups], columns=columns)
-        places = rows + np.array([shift[g] for g in group_of], np.int64)
-        return table.select(columns).take(pa.array(places))
+@dataclass(frozen=True)
+class _Groups:
+    """Some row groups of a part file.
+
+    Attributes:
+        number: the file's, among those of its table.
+        starts: int64 (row groups of the file + 1,): the number of each one's first row.
+        groups: which they are, in order.
+        table: their rows.
+    """
+
+    number: int
+    starts: np.ndarray
+    groups: np.ndarray
+    table: pa.Table
+
+    @staticmethod
+    def read(number: int, file: RunPath, rows: np.ndarray, columns: list[str]) -> _Groups:
+        """Those that hold some rows of a file."""
+        with parquet(file) as opened:
+            sizes = [opened.metadata.row_group(i).num_rows for i in range(opened.num_row_groups)]
+            starts = np.concatenate([[0], np.cumsum(sizes)])
+            groups = np.unique(np.searchsorted(starts, rows, side="right") - 1)
+            table = opened.read_row_groups(groups.tolist(), columns=columns).select(columns)
+        return _Groups(number, starts, groups, table)
+
+    def holds(self, rows: np.ndarray) -> bool:
+        return bool(np.isin(np.searchsorted(self.starts, rows, side="right") - 1, self.groups).all())
+
+    def take(self, rows: np.ndarray) -> pa.Table:
+        """Rows that they hold, by their numbers in the file."""
+        first = np.concatenate([[0], np.cumsum(np.diff(self.starts)[self.groups])])  # of each group in the table
+        group_of = np.searchsorted(self.starts, rows, side="right") - 1
+        places = rows - self.starts[group_of] + first[np.searchsorted(self.groups, group_of)]
+        return self.table.take(pa.array(places))

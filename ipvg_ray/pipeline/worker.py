@@ -289,7 +289,7 @@ class Worker:
         added = pa.Table.from_pylist(results, schema=pa.schema(list(columns.values())))
         if missing := [c for c, f in columns.items() if not f.nullable and added[c].null_count]:
             raise TypeError(f"{self.stage.name}.process left out {', '.join(missing)}")
-        values = {"seconds": pa.array([share] * len(results), pa.float64())}
+        values = {"seconds": pa.repeat(share, len(results))}
         values |= {name: batch[name] for name in batch.column_names} | {name: added[name] for name in columns}
         finished = pa.table([values[name] for name in self.stored.names], names=self.stored.names)
         return Outcome(finished.cast(self.stored), failures)
@@ -310,8 +310,8 @@ class Worker:
         whole = finished[self.step.key].equals(keys)
         passed = batch if whole else batch.take(pc.index_in(finished[self.step.key], value_set=keys.combine_chunks()))
         columns: dict[str, Any] = {name: passed[name] for name in passed.column_names}
-        columns[ATTEMPT] = pa.array([1] * passed.num_rows, pa.int32())
-        columns[QUEUED] = pa.array([time.time()] * passed.num_rows, pa.float64())
+        columns[ATTEMPT] = pa.repeat(pa.scalar(1, pa.int32()), passed.num_rows)
+        columns[QUEUED] = pa.repeat(time.time(), passed.num_rows)
         columns |= {name: finished[name] for name in self.step.leaving.names if name in self.step.table.columns}
         table = pa.table([columns[n] for n in self.step.leaving.names], names=self.step.leaving.names)
         table = table.cast(self.step.leaving)
