@@ -35,8 +35,11 @@ def test_what_is_dealt_and_read_is_whole_batches(batch: int, light: bool) -> Non
     dealt = rows_dealt(asks, light)
     assert dealt % batch == 0
     assert dealt == batch or (light and batch >= 256 and dealt <= 4096)
-    assert execute.read_span(dealt) % dealt == 0
-    assert execute.read_span(dealt) <= max(dealt, 16384)
+    for rows in (1, 1_000_000, 100_000_000):
+        span = execute.read_span(dealt, rows)
+        assert span % dealt == 0
+        assert span <= max(dealt, 16384) or rows / span >= 4000, "large only so that there are not too many"
+        assert rows / span <= 4096
     assert rows_ahead(asks, light=light) >= 2 * dealt, "else a worker might wait for the next to be dealt"
 
 

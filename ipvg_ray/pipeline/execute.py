@@ -39,7 +39,8 @@ from ipvg_ray.storage import StorageError
 READ_CPUS = 0.5
 _DEALT_BY_TASK = 16
 _ROWS_READ = 16384
-"""How often one read task deals, and about how many rows in all."""
+"""How often one read task deals, and about how many rows in all, where there are not many more to read."""
+_READ_TASKS = 4096
 _START_TRIES = 4
 """Workers of a stage that may fail to start one after another before the run ends."""
 _WORDS = 10
@@ -67,13 +68,14 @@ _LOSSES = (
 )
 
 
-def read_span(dealt: int) -> int:
-    """Rows that one read task rebuilds, to deal them out so many at a time.
+def read_span(dealt: int, rows: int) -> int:
+    """Rows that one read task rebuilds, of so many rows in all, to deal them out `dealt` at a time.
 
-    Enough that a million rows are some ten thousand tasks; of rows that are dealt singly few, as they wait in one
-    place.
+    Enough that a task is worth its cost, and that there are never so many that the driver feels them. A task hands on
+    its rows as they are asked for, and of rows with pictures it holds some 128 MB at a time.
     """
-    return dealt * max(1, min(_DEALT_BY_TASK, _ROWS_READ // dealt))
+    worth_it = max(1, min(_DEALT_BY_TASK, _ROWS_READ // dealt))
+    return dealt * max(worth_it, -(-rows // (_READ_TASKS * dealt)))
 
 
 def connect() -> None:
@@ -117,7 +119,8 @@ def execute(
     asks = [step.stage.resources() for step in steps]
     before = [None, *asks[:-1]]
     ahead = {s.name: rows_ahead(a, b, s.light) for s, a, b in zip(steps, asks, before, strict=True)}
-    bound_lead(context, ahead, {_reader(step.name): read_span(step.dealt) for step in steps})
+    dealt = {step.name: step.dealt for step in steps}
+    bound_lead(context, ahead, {_reader(n): read_span(dealt[n], entering.rows) for n, entering in tickets.items()})
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     with places(steps) as offices, listening(desk, specs[steps[0].name].store, on_events):
         dataset = _dataset(steps, specs, tickets, desk, offices)
@@ -186,11 +189,11 @@ def _read(tickets: TicketFile, step: Step, store: Store) -> Dataset:
         yield from read_rows(tickets, start, stop, batch, store.stopping)
 
     read.__name__ = _reader(step.name)
-    rows = read_span(step.dealt)
+    rows = read_span(step.dealt, tickets.rows)
     starts = range(0, tickets.rows, rows)
     spans = [pa.table({"start": [start], "stop": [min(start + rows, tickets.rows)]}) for start in starts]
-    fresh = ray.data.from_arrow(spans).map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=READ_CPUS)
-    return _dealt(fresh, step.dealt)
+    fresh = ray.data.from_blocks(spans)  # `from_arrow` would run a task for each
+    return _dealt(fresh.map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=READ_CPUS), step.dealt)
 
 
 def _map(dataset: Dataset, step: Step, spec: WorkerSpec, desk: Any, office: Any) -> Dataset:
