@@ -38,7 +38,7 @@ def test_what_is_dealt_and_read_is_whole_batches(batch: int, light: bool) -> Non
     for rows in (1, 1_000_000, 100_000_000):
         span = execute.read_span(dealt, rows)
         assert span % dealt == 0
-        assert span <= max(dealt, 16384) or rows / span >= 4000, "large only so that there are not too many"
+        assert span <= max(dealt, 16384) or rows / span > 2048, "large only so that there are not too many"
         assert rows / span <= 4096
     assert rows_ahead(asks, light=light) >= 2 * dealt, "else a worker might wait for the next to be dealt"
 
