@@ -119,7 +119,7 @@ def throughput(rows: int, batch: int, repeat: int) -> None:
     """Print milliseconds per thousand rows of each way."""
     ways = {
         "plain Ray Data chain": lambda: plain(rows, batch, batch),
-        "the same, dealt as ours": lambda: plain(rows, batch, rows_dealt(Resources(batch_size=batch), light=True)),
+        "the same, dealt as ours": lambda: plain(rows, batch, rows_dealt(Resources(batch_size=batch), True, rows)),
         "ipvg_ray, nothing written": lambda: ours(rows, batch, False),
         "ipvg_ray, with checkpoints": lambda: ours(rows, batch, True),
     }

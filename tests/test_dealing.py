@@ -12,6 +12,7 @@ from engine_checks import check_complete, events
 from engine_driver import freeze_fake, request
 from engine_inprocess import drive
 from ray.data import DataContext
+from ray.data._internal.logical.optimizers import get_execution_plan
 
 from ipvg_ray import schema
 from ipvg_ray.pipeline import execute, lead
@@ -20,6 +21,7 @@ from ipvg_ray.pipeline.plan import make_steps, rows_ahead, rows_dealt
 from ipvg_ray.pipeline.progress import Progress
 from ipvg_ray.pipeline.stage import Resources
 from ipvg_ray.pipeline.store import Store
+from ipvg_ray.pipeline.tickets import TicketFile, write_tickets
 
 
 def test_dear_rows_are_dealt_singly() -> None:
@@ -30,32 +32,71 @@ def test_dear_rows_are_dealt_singly() -> None:
 
 @pytest.mark.parametrize("batch", [1, 3, 16, 100, 256, 1000, 5000])
 @pytest.mark.parametrize("light", [True, False])
-def test_what_is_dealt_and_read_is_whole_batches(batch: int, light: bool) -> None:
-    asks = Resources(batch_size=batch)
-    dealt = rows_dealt(asks, light)
+@pytest.mark.parametrize("slots", [(1, 1), (4, 16)])
+@pytest.mark.parametrize("rows", [1, 1000, 1_000_000, 100_000_000])
+def test_what_is_dealt_and_read_is_whole_batches(batch: int, light: bool, slots: tuple[int, int], rows: int) -> None:
+    asks = Resources(batch_size=batch, max_workers=slots[0], concurrency=slots[1])
+    dealt = rows_dealt(asks, light, rows)
     assert dealt % batch == 0
-    assert dealt == batch or (light and batch >= 256 and dealt <= 4096)
-    for rows in (1, 1_000_000, 100_000_000):
-        span = execute.read_span(dealt, rows)
-        assert span % dealt == 0
-        assert span <= max(dealt, 16384) or rows / span > 2048, "large only so that there are not too many"
-        assert rows / span <= 4096
-    assert rows_ahead(asks, light=light) >= 2 * dealt, "else a worker might wait for the next to be dealt"
+    if dealt > batch:
+        assert light
+        assert 256 <= batch < dealt <= 4096
+        assert rows / dealt >= 8 * slots[0] * slots[1], "and every worker is dealt several times"
+    span = execute.read_span(dealt, rows)
+    assert span % dealt == 0
+    assert span <= max(dealt, 16384) or rows / span > 2048, "large only so that there are not too many"
+    assert rows / span <= 4096
+    assert rows_ahead(asks, dealt=dealt) >= 2 * dealt, "else a worker might wait for the next to be dealt"
 
 
 def test_rows_with_pictures_are_dealt_batch_by_batch() -> None:
     text, picture = pa.field("text", pa.string()), pa.field("pictures", schema.IMAGE)
     step = make_steps(request(Path("run"), batch=512).stages)[1]
-    assert step.dealt == 4096
-    for field in (picture, pa.field("pictures", pa.list_(pa.struct([text, picture])))):
-        heavy = dataclasses.replace(step, arriving=step.arriving.append(field))
-        assert not heavy.light
-        assert heavy.dealt == 512
+    assert step.light
+    hashes = pa.field("pictures", pa.binary(32))
+    for field in (picture, hashes, pa.field("pictures", pa.list_(pa.struct([text, picture])))):
+        assert not dataclasses.replace(step, arriving=step.arriving.append(field)).light
+
+
+def test_a_large_pool_has_several_readers_and_a_small_one_a_single_one(tmp_path: Path) -> None:
+    def flow(workers: int, rows: int) -> execute.Flow:
+        steps = make_steps(request(tmp_path, workers=workers).stages)
+        return execute.Flow.of(steps, {"first": TicketFile(tmp_path, rows, pa.schema([]), ())})
+
+    for rows in (100, 1_000_000, 100_000_000):
+        small, large = flow(1, rows), flow(64, rows)
+        assert small.promised["read_first"] >= small.ahead["first"]
+        assert 4 <= large.ahead["first"] / large.promised["read_first"] <= 16
+
+
+@pytest.mark.slow
+def test_reading_and_dealing_are_one_task(tmp_path: Path) -> None:
+    asked = request(tmp_path / "run", batch=2)
+    with engine.opened(asked, freeze_fake(5, 2)) as this:
+        tickets = {"first": write_tickets(this.store.tickets_dir, this.steps, 0, this.found)}
+        execute.connect()
+        specs = engine.specs(this, asked)
+        dealt = execute.Flow.of(this.steps, tickets).dealt
+        dataset = execute._dataset(this.steps, specs, tickets, dealt, None, {})
+        assert dataset is not None
+        last, _ = get_execution_plan(dataset._logical_plan)
+        names, op = [], last.dag
+        while op.input_dependencies:
+            names.append(op.name)
+            op = op.input_dependencies[0]
+        execute.shutdown()
+    assert names[::-1][:2] == [
+        "MapBatches(read_first)->StreamingRepartition[num_rows_per_block=2,strict=False]",
+        "MapBatches(first)",
+    ]
 
 
 def test_readers_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lead, "ActorPoolMapOperator", _Operator)
-    reader, stage = _Operator("MapBatches(read_second)->Cut"), _Operator("MapBatches(second)")
+    class Pool(_Operator):
+        pass
+
+    monkeypatch.setattr(lead, "ActorPoolMapOperator", Pool)
+    reader, stage = _Operator("MapBatches(read_second)->Cut"), Pool("MapBatches(second)")
     stage.input_dependencies = [reader]
     context = DataContext()
     lead.bound_lead(context, {"second": 40}, {"read_second": 100})
@@ -81,11 +122,16 @@ class _Operator:
         )
 
 
+NAMES = ("first", "second", "third")
+
+
 def test_the_guard_against_standstill_follows_the_slowest_stage(tmp_path: Path) -> None:
     steps = make_steps(request(tmp_path, limit=4000.0, batch=2).stages)
-    assert execute.no_progress_limit(steps) == 32000
-    assert execute.no_progress_limit(make_steps(request(tmp_path, limit=1.0).stages)) == 1800
-    assert execute.no_progress_limit(make_steps(request(tmp_path).stages)) == -1
+    assert execute.no_progress_limit(steps, dict.fromkeys(NAMES, 2)) == 32000
+    assert execute.no_progress_limit(steps, dict.fromkeys(NAMES, 8)) == 128000, "a task tells nothing before its end"
+    quick, unlimited = make_steps(request(tmp_path, limit=1.0).stages), make_steps(request(tmp_path).stages)
+    assert execute.no_progress_limit(quick, dict.fromkeys(NAMES, 2)) == 1800
+    assert execute.no_progress_limit(unlimited, dict.fromkeys(NAMES, 2)) == -1
 
 
 @pytest.mark.slow

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 if not os.environ.get("RAY_ADDRESS"):
@@ -28,7 +29,7 @@ from ipvg_ray.pipeline.groups import LedGroup
 from ipvg_ray.pipeline.lead import GivenUpError, bound_lead
 from ipvg_ray.pipeline.ledger import Event, Who
 from ipvg_ray.pipeline.places import Room, claimed, places
-from ipvg_ray.pipeline.plan import Step, rows_ahead
+from ipvg_ray.pipeline.plan import Step, rows_ahead, rows_dealt
 from ipvg_ray.pipeline.spot import Notice, Watch, drain
 from ipvg_ray.pipeline.stage import Resources
 from ipvg_ray.pipeline.store import Store
@@ -39,8 +40,13 @@ from ipvg_ray.storage import StorageError
 READ_CPUS = 0.5
 _DEALT_BY_TASK = 16
 _ROWS_READ = 16384
-"""How often one read task deals, and about how many rows in all, where there are not many more to read."""
+"""How often one read task deals, and about how many rows in all: enough that it is worth its cost."""
 _READ_TASKS = 4096
+"""Read tasks in front of a stage at most, as each takes the driver a millisecond; then they read more rows each."""
+_READERS = 4
+"""Read tasks that may be under way at a time where a pool wants as many."""
+_ROWS_REBUILT = 1024
+"""Light rows that are rebuilt at a time at least."""
 _START_TRIES = 4
 """Workers of a stage that may fail to start one after another before the run ends."""
 _WORDS = 10
@@ -71,11 +77,42 @@ _LOSSES = (
 def read_span(dealt: int, rows: int) -> int:
     """Rows that one read task rebuilds, of so many rows in all, to deal them out `dealt` at a time.
 
-    Enough that a task is worth its cost, and that there are never so many that the driver feels them. A task hands on
-    its rows as they are asked for, and of rows with pictures it holds some 128 MB at a time.
+    Rows with pictures pass through it some 128 MB at a time, which is what Ray collects; light rows all at once.
     """
     worth_it = max(1, min(_DEALT_BY_TASK, _ROWS_READ // dealt))
     return dealt * max(worth_it, -(-rows // (_READ_TASKS * dealt)))
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How many rows at a time go where, stage by stage.
+
+    Attributes:
+        dealt: rows that go to a worker at a time.
+        ahead: rows that may wait in front of the stage.
+        promised: rows that each read task under way is counted on for.
+    """
+
+    dealt: dict[str, int]
+    ahead: dict[str, int]
+    promised: dict[str, int]
+
+    @staticmethod
+    def of(steps: Sequence[Step], tickets: dict[str, TicketFile]) -> Flow:
+        """The flow of an execution."""
+        dealt: dict[str, int] = {}
+        ahead: dict[str, int] = {}
+        promised: dict[str, int] = {}
+        rows, before, last = 0, None, 0
+        for step in steps:
+            asks, entering = step.stage.resources(), tickets[step.name].rows if step.name in tickets else 0
+            rows += entering  # an identity counts once, so of samples there are as many or more
+            own = dealt[step.name] = rows_dealt(asks, step.light, rows)
+            ahead[step.name] = rows_ahead(asks, before, own, last)
+            wanted = max(_DEALT_BY_TASK * own, ahead[step.name] // _READERS)
+            promised[_reader(step.name)] = min(read_span(own, entering), wanted)
+            before, last = asks, own
+        return Flow(dealt, ahead, promised)
 
 
 def connect() -> None:
@@ -113,17 +150,14 @@ def execute(
     context.enable_progress_bars = False
     # A worker whose node dies, or that Ray Data gives up while it still loads, counts as one that could not start.
     context.max_consecutive_actor_init_deaths = _START_TRIES
-    context.execution_no_progress_timeout_s = no_progress_limit(steps)
+    flow = Flow.of(steps, tickets)
+    context.execution_no_progress_timeout_s = no_progress_limit(steps, flow.dealt)
     context.actor_pool_util_upscaling_threshold = _GROW_AT
     context.memory_usage_poll_interval_s = None  # a thread for each task, to tell what nobody asks
-    asks = [step.stage.resources() for step in steps]
-    before = [None, *asks[:-1]]
-    ahead = {s.name: rows_ahead(a, b, s.light) for s, a, b in zip(steps, asks, before, strict=True)}
-    dealt = {step.name: step.dealt for step in steps}
-    bound_lead(context, ahead, {_reader(n): read_span(dealt[n], entering.rows) for n, entering in tickets.items()})
+    bound_lead(context, flow.ahead, flow.promised)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     with places(steps) as offices, listening(desk, specs[steps[0].name].store, on_events):
-        dataset = _dataset(steps, specs, tickets, desk, offices)
+        dataset = _dataset(steps, specs, tickets, flow.dealt, desk, offices)
         try:
             for _ in dataset.iter_internal_ref_bundles() if dataset is not None else ():
                 pass
@@ -131,32 +165,34 @@ def execute(
             raise _explained(error) from error
 
 
-def no_progress_limit(steps: Sequence[Step]) -> int:
+def no_progress_limit(steps: Sequence[Step], dealt: Mapping[str, int]) -> int:
     """Seconds in which something must move, from the slowest stage's time limit; -1 where a stage has none.
 
     Ray's own guard of half an hour would fail one long video. A worker may also wait as long for a node, or load.
     """
-    asks = [step.stage.resources() for step in steps]
-    if not all(a.time_limit_s for a in asks):
+    limits = {step.name: step.stage.resources().time_limit_s for step in steps}
+    if not all(limits.values()):
         return -1
-    return int(max(1800.0, _PATIENCE * max(a.time_limit_s * a.batch_size for a in asks)))
+    return int(max(1800.0, _PATIENCE * max(limit * dealt[name] for name, limit in limits.items())))
 
 
 def _dataset(
     steps: Sequence[Step],
     specs: dict[str, WorkerSpec],
     tickets: dict[str, TicketFile],
+    dealt: Mapping[str, int],
     desk: Any,
     offices: dict[str, Any],
 ) -> Dataset | None:
     dataset: Dataset | None = None
     before: Step | None = None
     for step in steps:
-        if dataset is not None and before is not None and (before.explodes or before.dealt > step.dealt):
-            dataset = _dealt(dataset, step.dealt)
+        rows = dealt[step.name]
+        if dataset is not None and before is not None and (before.explodes or dealt[before.name] > rows):
+            dataset = _dealt(dataset, rows)
         entering = tickets.get(step.name)
         if entering is not None and entering.rows:
-            fresh = _read(entering, step, specs[step.name].store)
+            fresh = _read(entering, step, rows, specs[step.name].store)
             dataset = fresh if dataset is None else dataset.union(fresh)
         if dataset is not None:
             dataset = _map(dataset, step, specs[step.name], desk, offices.get(step.name))
@@ -169,7 +205,10 @@ def _dealt(dataset: Dataset, rows: int) -> Dataset:
 
     A task for every block that is cut, so only where blocks may be bigger; Ray itself joins those that are smaller.
     """
-    return dataset.repartition(target_num_rows_per_block=rows, strict=False)
+    cut = dataset.repartition(target_num_rows_per_block=rows, strict=False)
+    # Ray would ask for a whole core. It has no argument for that, and joins tasks only where they ask for the same.
+    cut._logical_plan.dag.ray_remote_args["num_cpus"] = READ_CPUS  # type: ignore[attr-defined]
+    return cut
 
 
 def _reader(stage: str) -> str:
@@ -177,23 +216,24 @@ def _reader(stage: str) -> str:
     return f"read_{stage}"
 
 
-def _read(tickets: TicketFile, step: Step, store: Store) -> Dataset:
+def _read(tickets: TicketFile, step: Step, dealt: int, store: Store) -> Dataset:
     """The rows of a ticket file in blocks of what is dealt at a time.
 
     One kind of task reads and cuts: Ray joins `map_batches` and the cut behind it, but not `read_datasource` and one.
     """
     batch = step.stage.resources().batch_size
+    piece = max(batch, _ROWS_REBUILT) if step.light else batch
 
     def read(span: pa.Table) -> Iterator[pa.Table]:
         start, stop = (span[name][0].as_py() for name in ("start", "stop"))
-        yield from read_rows(tickets, start, stop, batch, store.stopping)
+        yield from read_rows(tickets, start, stop, piece, store.stopping)
 
     read.__name__ = _reader(step.name)
-    rows = read_span(step.dealt, tickets.rows)
+    rows = read_span(dealt, tickets.rows)
     starts = range(0, tickets.rows, rows)
     spans = [pa.table({"start": [start], "stop": [min(start + rows, tickets.rows)]}) for start in starts]
     fresh = ray.data.from_blocks(spans)  # `from_arrow` would run a task for each
-    return _dealt(fresh.map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=READ_CPUS), step.dealt)
+    return _dealt(fresh.map_batches(read, batch_size=None, batch_format="pyarrow", num_cpus=READ_CPUS), dealt)
 
 
 def _map(dataset: Dataset, step: Step, spec: WorkerSpec, desk: Any, office: Any) -> Dataset:

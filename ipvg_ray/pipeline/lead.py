@@ -23,7 +23,7 @@ from ray.data._internal.execution.operators.actor_pool_map_operator import Actor
 from ray.data._internal.execution.operators.union_operator import UnionOperator
 
 _ROWS = "ipvg_ray.rows_ahead"
-_SPANS = "ipvg_ray.read_spans"
+_PROMISES = "ipvg_ray.promises"
 _DEALING = "StreamingRepartition"
 """Ray's name for operators that only cut the stream into other blocks."""
 
@@ -41,16 +41,16 @@ def give_up(why: str) -> None:
     _given_up.append(why)
 
 
-def bound_lead(context: DataContext, rows_ahead: Mapping[str, int], spans: Mapping[str, int]) -> None:
+def bound_lead(context: DataContext, rows_ahead: Mapping[str, int], promises: Mapping[str, int]) -> None:
     """Let at most about so many rows wait in front of each stage, beside those that are being made.
 
     Args:
         rows_ahead: rows by stage name; each at least two batches of the stage, so that a batch can fill up.
-        spans: rows that one task of a reader deals, by the reader's name.
+        promises: rows that are counted on from each task of a reader that is under way, by the reader's name.
     """
     _given_up.clear()
     context.set_config(_ROWS, dict(rows_ahead))
-    context.set_config(_SPANS, dict(spans))
+    context.set_config(_PROMISES, dict(promises))
     policies = [*ENABLED_BACKPRESSURE_POLICIES, LeadPolicy]
     context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, policies)
 
@@ -61,7 +61,12 @@ class LeadPolicy(BackpressurePolicy):
     def __init__(self, data_context: DataContext, topology: Any, resource_manager: Any) -> None:
         super().__init__(data_context, topology, resource_manager)
         rows_ahead = data_context.get_config(_ROWS, {})
-        self.spans = data_context.get_config(_SPANS, {})
+        self.promises = {
+            op: rows
+            for op in topology
+            for reader, rows in data_context.get_config(_PROMISES, {}).items()
+            if f"({reader})" in op.name and not isinstance(op, ActorPoolMapOperator)
+        }
         self.feeds: dict[Any, tuple[Any, list[Any], int]] = {}
         for stage in topology:
             for name, rows in rows_ahead.items():
@@ -80,10 +85,9 @@ class LeadPolicy(BackpressurePolicy):
         """About what a reader's tasks under way will still deal.
 
         Without it another task would begin while one waits to hand on its rows, in a process of its own, which Ray
-        ends a second later and starts again at the next: that costs more than all reading.
+        ends when it has been idle and starts again at the next: that costs more than all reading.
         """
-        span = next((rows for name, rows in self.spans.items() if f"({name})" in op.name), 0)
-        return int(op.metrics.num_tasks_running) * span
+        return int(op.metrics.num_tasks_running) * self.promises.get(op, 0)
 
     def can_add_input(self, op: Any) -> bool:
         """Whether the operator may begin another task."""

@@ -22,9 +22,12 @@ QUEUED = "_queued"
 
 _BATCHES_AHEAD = 4
 """Batches that may wait in front of a stage for each that its pool can have in work."""
-_ROWS_DEALT = 4096
 _LARGE_BATCH = 256
-"""Batches of so many light rows are dealt several at a time, about so many rows."""
+"""Rows of a batch from which on it is not dealt alone: fewer are of a stage that takes long for each."""
+_ROWS_DEALT = 4096
+"""Light rows that are dealt at a time at most: a few megabytes of text."""
+_DEALS = 8
+"""How often each worker is dealt rows at least, so that all end at about the same time."""
 
 
 class PlanError(UserError, ValueError):
@@ -64,41 +67,42 @@ class Step:
         return not any(_holds_bytes(field.type) for field in self.arriving)
 
     @property
-    def dealt(self) -> int:
-        """Rows that its workers are dealt at a time."""
-        return rows_dealt(self.stage.resources(), self.light)
-
-    @property
     def explodes(self) -> bool:
         """Whether its identity rows leave as one row per sample."""
         return SAMPLES in self.leaving.names and SAMPLES not in self.passing.names
 
 
-def rows_dealt(asks: Resources, light: bool = False) -> int:
-    """Rows that go to a worker at a time: a batch, so that none waits behind another while a worker is idle.
+def rows_dealt(asks: Resources, light: bool = False, rows: int = 0) -> int:
+    """Rows of so many in all that go to a worker at a time: a batch, so that none waits while another worker is idle.
 
-    A task of Ray's takes some 15 ms of processors, whatever is in it. A stage that asks for hundreds of rows at once
-    does little with each, so where these carry no media either, several of its batches share a task.
+    A task of Ray's takes some 15 ms of processors, whatever is in it. So several batches share a task where they are
+    large, their rows carry no media, and there are enough for all workers.
     """
-    many = light and asks.batch_size >= _LARGE_BATCH
-    return asks.batch_size * max(1, _ROWS_DEALT // asks.batch_size) if many else asks.batch_size
+    batch, slots = asks.batch_size, asks.max_workers * asks.concurrency
+    share = min(_ROWS_DEALT, rows // (slots * _DEALS))
+    return batch * max(1, share // batch) if light and batch >= _LARGE_BATCH else batch
 
 
-def rows_ahead(asks: Resources, before: Resources | None = None, light: bool = False) -> int:
+def rows_ahead(asks: Resources, before: Resources | None = None, dealt: int = 0, dealt_before: int = 0) -> int:
     """Rows that may wait in front of a stage: enough that its largest pool never stands idle for want of dealing.
 
     Where the stage before it works on many rows at a time, twice as many as that: it begins anew when the last of what
     it made is dealt, and takes a while.
+
+    Args:
+        dealt: rows that go to a worker of the stage at a time, where that is more than a batch.
+        dealt_before: the same of the stage before it.
     """
-    made = before.batch_size * before.max_workers * before.concurrency if before else 0
-    dealt = max(_BATCHES_AHEAD * asks.batch_size, 2 * rows_dealt(asks, light))
-    return max(dealt * asks.max_workers * asks.concurrency, 2 * made)
+    made = max(before.batch_size, dealt_before) * before.max_workers * before.concurrency if before else 0
+    own = max(_BATCHES_AHEAD * asks.batch_size, 2 * dealt) * asks.max_workers * asks.concurrency
+    return max(own, 2 * made)
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_nested(kind):
         return any(_holds_bytes(kind.field(i).type) for i in range(kind.num_fields))
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
+    return any(test(kind) for test in tests)
 
 
 def samples_type() -> pa.DataType:

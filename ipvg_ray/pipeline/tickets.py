@@ -26,8 +26,8 @@ COUNT = "_count"
 """Tickets of identities: how many samples stand from the row in column `samples` on."""
 CHUNK = 1024
 """Tickets per row group of the file; each chunk has a list of its own of the part files that it refers to."""
-_KEPT_BYTES = 16 << 20
-"""Of what was read last this much is kept, as the next rows are often among it."""
+_KEPT_BYTES = 64 << 20
+"""What was read last of a table is kept if it is no more than this, as the next rows are often among it."""
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ class _Source:
         """The rows of these numbers, in this order."""
         file_of = np.searchsorted(self.starts, rows, side="right") - 1
         numbers = np.unique(file_of)
-        if len(numbers) == 1:
-            return self._take(numbers[0], rows)
+        if len(numbers) < 2:  # identities without a sample ask for no row
+            return self._take(int(numbers[0]) if len(numbers) else 0, rows)
         order = np.argsort(file_of, kind="stable")
         pieces = [self._take(number, rows[order][file_of[order] == number]) for number in numbers]
         back = np.empty(len(rows), np.int64)
