@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ipvg_ray.pipeline import tickets
@@ -22,6 +22,7 @@ def _tables(draw: st.DrawFn) -> tuple[list[list[int]], list[int]]:
     return files, draw(st.lists(st.integers(0, total - 1), max_size=8)) if total else []
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(_tables(), st.booleans())
 def test_rows_are_taken_from_wherever_they_lie(
     tmp_path_factory: pytest.TempPathFactory, drawn: tuple[list[list[int]], list[int]], keep: bool
